@@ -1,0 +1,82 @@
+"""Every error that frem-search raises on purpose; each message says where, what was expected, what was got, what to do.
+
+    FremSearchError             exit status 1
+    ├── UsageError              exit status 2: what was asked for cannot be done as it was asked
+    │   ├── StudyFileError      a study file is wrong
+    │   └── ParameterError      a hyperparameter is outside what the network or the training takes
+    ├── DatasetError            images or labels are missing, broken or do not fit each other
+    ├── ContractError           a stored study was begun with other settings
+    ├── StudyNotFoundError      the storage holds no such study
+    ├── StorageError            the database cannot be reached or refuses
+    │   └── LeaseLostError      another worker holds the trial now
+    ├── ArtifactError           a checkpoint or prediction cannot be written or read
+    ├── DivergedError           a loss stopped being finite
+    ├── DeviceError             the device is missing or out of memory
+    └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
+"""
+
+
+class FremSearchError(Exception):
+    """The root of the tree: anything that a user can mend, with the remedy in the message."""
+
+    exit_status = 1
+
+
+class UsageError(FremSearchError):
+    """What was asked for cannot be done as it was asked."""
+
+    exit_status = 2
+
+
+class StudyFileError(UsageError):
+    """A study file is wrong."""
+
+
+class ParameterError(UsageError):
+    """A hyperparameter is outside what the network or the training takes.
+
+    Args:
+        name: The parameter as a study file spells it.
+        expected: What is allowed.
+        got: The value that was given.
+    """
+
+    def __init__(self, name: str, expected: str, got: object) -> None:
+        super().__init__(f"{name}: expected {expected}, but got {got!r}.")
+        self.name = name
+
+
+class DatasetError(FremSearchError):
+    """Images or labels are missing, broken or do not fit each other."""
+
+
+class ContractError(FremSearchError):
+    """A stored study was begun with other settings."""
+
+
+class StudyNotFoundError(FremSearchError):
+    """The storage holds no such study."""
+
+
+class StorageError(FremSearchError):
+    """The database cannot be reached or refuses."""
+
+
+class LeaseLostError(StorageError):
+    """Another worker holds the trial now."""
+
+
+class ArtifactError(FremSearchError):
+    """A checkpoint or prediction cannot be written or read."""
+
+
+class DivergedError(FremSearchError):
+    """A loss stopped being finite."""
+
+
+class DeviceError(FremSearchError):
+    """The device is missing or out of memory."""
+
+
+class ChromeNotFoundError(FremSearchError):
+    """No Chrome or Chromium to draw PNG, SVG or PDF with."""
