@@ -10,8 +10,8 @@
     ├── StorageError            the database cannot be reached or refuses
     │   └── LeaseLostError      another worker holds the trial now
     ├── ArtifactError           a checkpoint or prediction cannot be written or read
-    ├── DivergedError           a loss stopped being finite
-    ├── DeviceError             the device is missing or out of memory
+    ├── DeviceError             the device is missing
+    │   └── DeviceMemoryError   the device has no memory left
     └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
 """
 
@@ -70,12 +70,12 @@ class ArtifactError(FremSearchError):
     """A checkpoint or prediction cannot be written or read."""
 
 
-class DivergedError(FremSearchError):
-    """A loss stopped being finite."""
-
-
 class DeviceError(FremSearchError):
-    """The device is missing or out of memory."""
+    """The device is missing."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device has no memory left."""
 
 
 class ChromeNotFoundError(FremSearchError):

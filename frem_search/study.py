@@ -1,0 +1,163 @@
+"""A study in the storage, and the contract under which it was begun."""
+
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from frem_search.errors import ContractError
+from frem_search.space import distributions, space_to_json
+from frem_search.study_file import StudyFile
+
+if TYPE_CHECKING:
+    import optuna
+
+    from frem_search.storage import Storage
+
+CONTRACT_VERSION = 1
+
+
+def make_contract(
+    study_file: StudyFile, *, precision: str, dataset: str, dataset_fingerprint: str, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Return what must be equal for a worker to join a stored study.
+
+    The budget of trials is not part of it and may be raised; package versions are recorded with each trial.
+    """
+    space = space_to_json(study_file.space)
+    return {
+        "contract_version": CONTRACT_VERSION,
+        "dataset": dataset,
+        "dataset_fingerprint": dataset_fingerprint,
+        "class_names": list(class_names),
+        "fold": study_file.fold,
+        "network": study_file.network,
+        "loss": study_file.loss,
+        "score": study_file.score,
+        "space": space,
+        "space_sha256": hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest(),
+        "n_epochs": study_file.n_epochs,
+        "precision": precision,
+        "sampler": study_file.sampler.name,
+        "n_startup_trials": study_file.sampler.n_startup_trials,
+        "seed": study_file.sampler.seed,
+        "pruner": {"name": study_file.pruner} | dict(study_file.pruner_settings),
+    }
+
+
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study in the storage, whose contract is the file's."""
+
+    file: StudyFile
+    storage: "Storage"
+    optuna: "optuna.Study"
+    contract: Mapping[str, Any]
+    uid: str  # of this very study: another one of the same name, made after a deletion, has another
+
+    @property
+    def id(self) -> int:
+        """The study's key in Optuna's tables."""
+        return self.optuna._study_id  # noqa: SLF001 Optuna has no public name for it
+
+    @property
+    def artifacts_prefix(self) -> str:
+        """The folder of this study's artifacts."""
+        return artifacts_prefix(self.file.name, self.uid)
+
+
+def artifacts_prefix(name: str, uid: str) -> str:
+    """Return the folder of a study's artifacts: another study of the same name has another."""
+    return f"{name}-{uid[:8]}"
+
+
+def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str, Any]) -> OpenStudy:
+    """Create a study, or join the stored one.
+
+    Raises:
+        ContractError: The stored study was begun with other settings; nothing is changed.
+    """
+    import optuna
+    import sqlalchemy as sa
+
+    from frem_search.pruners import make_pruner
+    from frem_search.samplers import make_sampler
+
+    settings = study_file.sampler
+    sampler = make_sampler(
+        settings.name,
+        space=distributions(study_file.space),
+        seed=settings.seed,
+        n_startup_trials=settings.n_startup_trials,
+    )
+    pruner = make_pruner(study_file.pruner, dict(study_file.pruner_settings))
+
+    def create_or_join() -> tuple["optuna.Study", dict[str, Any]]:
+        with storage.transaction() as connection:
+            # One process at a time makes the study, and it is there with its contract or not at all.
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": study_file.name})
+            study = optuna.create_study(
+                storage=storage.optuna,
+                study_name=study_file.name,
+                direction="maximize",
+                sampler=sampler,
+                pruner=pruner,
+                load_if_exists=True,
+            )
+            stored = study.user_attrs
+            if "contract" not in stored:
+                fresh = {
+                    "contract": dict(contract),
+                    "title": study_file.title,
+                    "study_file": study_file.text,
+                    "uid": uuid.uuid4().hex,
+                    "n_trials": study_file.n_trials,
+                }
+                for key, value in fresh.items():
+                    study.set_user_attr(key, value)
+                return study, fresh
+            if stored["contract"] == contract and study_file.n_trials > stored["n_trials"]:
+                study.set_user_attr("n_trials", study_file.n_trials)
+            return study, stored
+
+    study, stored = storage.retrying(create_or_join)
+    _compare(study_file.name, stored["contract"], contract)
+    return OpenStudy(study_file, storage, study, stored["contract"], stored["uid"])
+
+
+def stored_contract(storage: "Storage", name: str) -> dict[str, Any] | None:
+    """Return the contract of a stored study, or nothing if there is no such study."""
+    import optuna
+
+    try:
+        study = optuna.load_study(study_name=name, storage=storage.optuna)
+    except KeyError:
+        return None
+    return study.user_attrs.get("contract")
+
+
+def _compare(name: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    differing = [key for key in sorted(set(stored) | set(asked)) if stored.get(key) != asked.get(key)]
+    if not differing:
+        return
+    lines = [
+        f"  {key}: stored {_short(stored.get(key))}, now {_short(asked.get(key))}"
+        for key in differing
+        if key != "space_sha256" or "space" not in differing
+    ]
+    message = (
+        f"{name}: this study was begun with other settings, and trials of both would not be comparable:\n"
+        + "\n".join(lines)
+        + "\nUndo the change, or begin a new study from it with `frem-search study fork`."
+    )
+    raise ContractError(message)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 300 else text[:297] + "..."

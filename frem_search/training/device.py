@@ -1,0 +1,47 @@
+"""Which device to train on, and in which precision."""
+
+import torch
+
+from frem_search.errors import DeviceError
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """Return the device of a name; `auto` is the first CUDA device if there is one.
+
+    Raises:
+        DeviceError: This machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        message = f"--device: expected auto, cpu, cuda or cuda:N, but got {name!r}."
+        raise DeviceError(message) from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or (device.index or 0) >= n_devices:
+        message = (
+            f"--device {name}: this machine has {n_devices} CUDA device(s) that PyTorch can use. "
+            "Choose another, or cpu; `frem-search doctor` says what is wrong."
+        )
+        raise DeviceError(message)
+    return torch.device("cuda", device.index or 0)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name as its vendor spells it."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def best_precision(device: torch.device) -> str:
+    """Return `bf16` where the device computes in it natively, else `fp32`.
+
+    Never fp16: FREM's X of 10,000 leaves its range. What it gains is measured in docs/benchmarks.md.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # noqa: SLF001 no public name for it in torch 2.13
