@@ -1,8 +1,9 @@
 """A database URL, or none for the embedded PostgreSQL, becomes an engine and an Optuna storage that share transactions."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
@@ -11,6 +12,7 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from sqlalchemy import exc, orm
 
+from frem_search.embedded import embedded_postgres
 from frem_search.errors import StorageError
 
 if TYPE_CHECKING:
@@ -99,6 +101,23 @@ def is_lost_connection(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+@contextmanager
+def open_storage(url: str | None = None) -> "Iterator[Storage]":
+    """Open the database of a URL, or the embedded one.
+
+    Args:
+        url: A PostgreSQL URL; without it FREM_SEARCH_STORAGE, without that the embedded PostgreSQL.
+
+    Raises:
+        StorageError: It cannot be reached or refuses.
+    """
+    given = url or os.environ.get("FREM_SEARCH_STORAGE")
+    with ExitStack() as stack:
+        storage = Storage(normalise_url(given) if given else stack.enter_context(embedded_postgres()))
+        stack.callback(storage.close)
+        yield storage
 
 
 class Storage:

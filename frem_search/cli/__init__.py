@@ -1,0 +1,64 @@
+"""The `frem-search` command: parse, call one function, print."""
+
+import os
+import sys
+
+import typer
+
+from frem_search import __version__
+from frem_search.cli import search
+from frem_search.errors import FremSearchError
+from frem_search.stop import interrupt_on_sigterm
+
+app = typer.Typer(
+    name="frem-search",
+    help="Search hyperparameters of cell-image segmentation networks with Optuna's TPE.",
+    epilog="Start here: frem-search run --study mouse_frem --quick",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+search.add_to(app)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"frem-search {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command of `sys.argv` and exit with its status."""
+    interrupt_on_sigterm()
+    try:
+        status = app(prog_name="frem-search", standalone_mode=False)
+    except FremSearchError as error:
+        sys.exit(_explain(f"frem-search: {error}", error.exit_status))
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(_explain("frem-search: interrupted.", 130))
+    except BrokenPipeError:
+        # Who reads our output has gone, as `head` does; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if status := getattr(error, "exit_code", None):  # click's own errors: a wrong option, a missing argument
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(status)
+        raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _explain(message: str, status: int) -> int:
+    sys.stderr.write(message + "\n")
+    return status

@@ -1,0 +1,102 @@
+"""Options that several commands share, each with its environment variable."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from frem_search.errors import UsageError
+
+if TYPE_CHECKING:
+    from frem_search.record import StudyRecord
+    from frem_search.storage import Storage
+
+StudyOption = Annotated[
+    str,
+    typer.Option(
+        "--study",
+        "-s",
+        envvar="FREM_SEARCH_STUDY",
+        help="Name of a study, or path of its .toml file.",
+        show_default=False,
+    ),
+]
+QuickOption = Annotated[
+    bool,
+    typer.Option("--quick", envvar="FREM_SEARCH_QUICK", help="The study as its [quick] table has it: minutes on a CPU."),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FREM_SEARCH_DATASET", help="Another dataset than the study's: a name or a folder.", show_default=False
+    ),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FREM_SEARCH_STORAGE",
+        help="URL of a PostgreSQL database; without it the embedded one is used. No password here: others see it.",
+        show_default=False,
+    ),
+]
+ArtifactsOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FREM_SEARCH_ARTIFACTS",
+        help="Folder or fsspec URL for checkpoints, weights and predictions.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(envvar="FREM_SEARCH_DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OutOption = Annotated[Path, typer.Option("--out", envvar="FREM_SEARCH_OUT", help="Folder to write into.")]
+
+
+@contextmanager
+def storage_of(url: str | None) -> "Iterator[Storage]":
+    """Open the storage of a command.
+
+    Raises:
+        UsageError: The URL stands on the command line with a password in it.
+    """
+    from frem_search.storage import normalise_url, open_storage
+
+    if url and url != os.environ.get("FREM_SEARCH_STORAGE") and normalise_url(url).password:
+        message = (
+            "--storage: a password on the command line can be read by every user of this machine. "
+            "Set FREM_SEARCH_STORAGE to the whole URL, or leave the password out and use PGPASSFILE."
+        )
+        raise UsageError(message)
+    with open_storage(url) as storage:
+        yield storage
+
+
+def stored_name(study: str, *, quick: bool, dataset: str | None) -> str:
+    """Return the name under which a study is stored; without a file of that name, the name as it was given."""
+    from frem_search.errors import StudyFileError
+    from frem_search.study_file import find_study_file, load_study_file
+
+    try:
+        find_study_file(study)
+    except StudyFileError:
+        if quick or dataset or study.endswith(".toml"):
+            raise
+        return study  # a stored study whose file is not here
+    return load_study_file(study, quick=quick, dataset=dataset).name
+
+
+@contextmanager
+def record_of(
+    study: str, *, quick: bool, dataset: str | None, storage: str | None, has_curves: bool = False
+) -> "Iterator[tuple[Storage, StudyRecord]]":
+    """Open the storage and read a study back from it."""
+    from frem_search.record import read_record
+
+    name = stored_name(study, quick=quick, dataset=dataset)
+    with storage_of(storage) as opened:
+        yield opened, read_record(opened, name, has_curves=has_curves)
