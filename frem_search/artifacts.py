@@ -34,7 +34,9 @@ class Artifacts:
 
     def url(self, name: str) -> str:
         """Return where a file lies, for messages and other tools."""
-        return str(self._files.unstrip_protocol(f"{self._root}/{name}")) if not self._is_local else f"{self._root}/{name}"
+        return (
+            str(self._files.unstrip_protocol(f"{self._root}/{name}")) if not self._is_local else f"{self._root}/{name}"
+        )
 
     def write(self, name: str, content: bytes) -> None:
         """Store a file: a reader finds the whole of it, or what was there before.

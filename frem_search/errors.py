@@ -1,18 +1,18 @@
 """Every error that frem-search raises on purpose; each message says where, what was expected, what was got, what to do.
 
-    FremSearchError             exit status 1
-    ├── UsageError              exit status 2: what was asked for cannot be done as it was asked
-    │   ├── StudyFileError      a study file is wrong
-    │   └── ParameterError      a hyperparameter is outside what the network or the training takes
-    ├── DatasetError            images or labels are missing, broken or do not fit each other
-    ├── ContractError           a stored study was begun with other settings
-    ├── StudyNotFoundError      the storage holds no such study
-    ├── StorageError            the database cannot be reached or refuses
-    │   └── LeaseLostError      another worker holds the trial now
-    ├── ArtifactError           a checkpoint or prediction cannot be written or read
-    ├── DeviceError             the device is missing
-    │   └── DeviceMemoryError   the device has no memory left
-    └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
+FremSearchError             exit status 1
+├── UsageError              exit status 2: what was asked for cannot be done as it was asked
+│   ├── StudyFileError      a study file is wrong
+│   └── ParameterError      a hyperparameter is outside what the network or the training takes
+├── DatasetError            images or labels are missing, broken or do not fit each other
+├── ContractError           a stored study was begun with other settings
+├── StudyNotFoundError      the storage holds no such study
+├── StorageError            the database cannot be reached or refuses
+│   └── LeaseLostError      another worker holds the trial now
+├── ArtifactError           a checkpoint or prediction cannot be written or read
+├── DeviceError             the device is missing
+│   └── DeviceMemoryError   the device has no memory left
+└── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
 """
 
 

@@ -58,7 +58,9 @@ CHECKPOINTED = sa.text("""
     UPDATE frem_lease SET attempts = 0, checkpoint_epoch = :epoch, epoch = :epoch
     WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
 """)
-FINISH = sa.text("UPDATE frem_lease SET token = NULL, told_token = :token WHERE trial_id = :trial_id")
+FINISH = sa.text("""
+    UPDATE frem_lease SET token = NULL, told_token = :token, epoch = greatest(epoch, :epoch) WHERE trial_id = :trial_id
+""")
 KEEP_CURVE = sa.text("""
     INSERT INTO frem_curve (trial_id, curve) VALUES (:trial_id, :curve)
     ON CONFLICT (trial_id) DO UPDATE SET curve = excluded.curve
@@ -85,7 +87,7 @@ class Held:
     @property
     def id(self) -> int:
         """The trial's key in Optuna's tables."""
-        return self.trial._trial_id  # noqa: SLF001 Optuna has no public name for it
+        return self.trial._trial_id
 
 
 class Leases:
@@ -111,7 +113,7 @@ class Leases:
         max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._storage, self._study, self._distributions = storage, study, distributions
-        self._study_id = study._study_id  # noqa: SLF001 Optuna has no public name for it
+        self._study_id = study._study_id
         self._device, self._lease_s, self._max_attempts = device, lease_s, max_attempts
         self._worker = uuid.uuid4().hex
         self._held: dict[int, Held] = {}
@@ -199,7 +201,9 @@ class Leases:
                 if connection.execute(TOLD, {"trial_id": held.id, "token": held.token}).first():
                     return  # stored before, but the connection was lost before the answer came
                 self._require(connection, held)
-                self._finish(connection, held.trial, state=state, value=value, attrs=attrs, token=held.token)
+                self._finish(
+                    connection, held.trial, state=state, value=value, attrs=attrs, token=held.token, epoch=held.epoch
+                )
                 if curve is not None:
                     connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
 
@@ -225,6 +229,11 @@ class Leases:
             self._storage.retrying(store, patience_s=5.0)
         except StorageError:
             return  # the lease runs out by itself
+
+    def ranking(self) -> list[int]:
+        """Return the numbers of the complete trials, best first."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [trial.number for trial in sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))]
 
     def _claim(self) -> Held | Literal["spent", "busy"]:
         with self._storage.transaction() as connection:
@@ -272,9 +281,13 @@ class Leases:
         return max(self._storage.optuna.get_trial(trial_id).intermediate_values, default=0)
 
     def _give_up(self, connection: sa.Connection, row: Any) -> None:
-        reason = f"{row.attempts} attempts in a row advanced no checkpoint; the last ended: {row.reason or 'worker gone'}"
+        reason = (
+            f"{row.attempts} attempts in a row advanced no checkpoint; the last ended: {row.reason or 'worker gone'}"
+        )
         trial = optuna.trial.Trial(self._study, row.trial_id)
-        self._finish(connection, trial, state=TrialState.FAIL, value=None, attrs={"reason": reason}, token=None)
+        self._finish(
+            connection, trial, state=TrialState.FAIL, value=None, attrs={"reason": reason}, token=None, epoch=0
+        )
 
     def _require(self, connection: sa.Connection, held: Held) -> None:
         """Lock the lease's row: until the transaction ends nobody can take the trial."""
@@ -293,11 +306,12 @@ class Leases:
         value: float | None,
         attrs: Mapping[str, Any],
         token: str | None,
+        epoch: int,
     ) -> None:
         for key, attr in attrs.items():
             trial.set_user_attr(key, attr)
         self._study.tell(trial, value, state=state)
-        connection.execute(FINISH, {"trial_id": trial._trial_id, "token": token})  # noqa: SLF001 as in Held
+        connection.execute(FINISH, {"trial_id": trial._trial_id, "token": token, "epoch": epoch})
 
     def _renew_until_stopped(self) -> None:
         pause_s = self._lease_s / 6

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import platform
 import resource
 import time
@@ -22,7 +23,7 @@ from frem_search.errors import DeviceMemoryError, ParameterError, StudyFileError
 from frem_search.losses import LOSSES
 from frem_search.metrics import METRICS
 from frem_search.networks import build_network, network_params
-from frem_search.space import corners, searched
+from frem_search.space import corners
 from frem_search.study_file import StudyFile
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
@@ -31,6 +32,7 @@ from frem_search.training.evaluate import predict
 from frem_search.training.fit import fit
 from frem_search.training.member import EpochReport, Member
 from frem_search.training.resident import ResidentData, load_resident
+from frem_search.training.weights import Weights, dump_weights
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
@@ -47,17 +49,18 @@ class TrainingParams:
     augmentation: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, int | float) or not self.learning_rate > 0:
-            raise ParameterError("learning_rate", "a number above 0", self.learning_rate)
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ParameterError(name="learning_rate", expected="a finite number above 0", got=rate)
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ParameterError("batch_size", "an integer of at least 1", self.batch_size)
+            raise ParameterError(name="batch_size", expected="an integer of at least 1", got=self.batch_size)
         if not isinstance(self.augmentation, bool):
-            raise ParameterError("augmentation", "true or false", self.augmentation)
+            raise ParameterError(name="augmentation", expected="true or false", got=self.augmentation)
         sides = self.image_size if isinstance(self.image_size, list | tuple) else (self.image_size,) * 2
         if self.image_size is not None and (
             len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides)
         ):
-            raise ParameterError("image_size", "pixels, or [rows, columns]", self.image_size)
+            raise ParameterError(name="image_size", expected="pixels, or [rows, columns]", got=self.image_size)
 
 
 TRAINING_PARAMS = tuple(inspect.signature(TrainingParams).parameters)
@@ -91,7 +94,9 @@ def split_params(study_file: StudyFile, params: Mapping[str, Any]) -> SplitParam
     for name in params:
         if name not in (*TRAINING_PARAMS, *known, *loss.coefficients):
             names = ", ".join(sorted((*TRAINING_PARAMS, *known, *loss.coefficients)))
-            raise ParameterError(name, f"one of the parameters of {study_file.network}, its loss and training: {names}", name)
+            raise ParameterError(
+                name, f"one of the parameters of {study_file.network}, its loss and training: {names}", name
+            )
     return SplitParams(TrainingParams(**training), network, coefficients)
 
 
@@ -114,6 +119,8 @@ def check(study_file: StudyFile) -> None:
         for params in corners(study_file.space):
             _check_corner(study_file, params)
         _check_coefficients(study_file)
+    except StudyFileError:
+        raise
     except ParameterError as error:
         message = f"{study_file.path}: params.{error}"
         raise StudyFileError(message) from None
@@ -124,7 +131,11 @@ def check(study_file: StudyFile) -> None:
 
 def _check_corner(study_file: StudyFile, params: Mapping[str, Any]) -> None:
     split = split_params(study_file, params)
-    build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network, device="meta")
+    try:
+        build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network, device="meta")
+    except (RuntimeError, OverflowError) as error:
+        message = f"{study_file.path}: params: expected sizes that a tensor can have, but got {split.network}: {error}."
+        raise StudyFileError(message) from None
 
 
 def _check_coefficients(study_file: StudyFile) -> None:
@@ -286,7 +297,7 @@ class Objective:
 
     @property
     def searches_shapes(self) -> bool:
-        """Whether trials of this study differ in the shape of a tensor, so that one may need more memory than others."""
+        """Whether trials of this study differ in the shape of a tensor, so that one may need more memory."""
         shapes = set()
         for params in corners(self._file.space):
             split = split_params(self._file, params)
@@ -340,28 +351,28 @@ class Objective:
 
     def _named(self, value: float, per_class: list[float]) -> dict[str, Any]:
         names = self._dataset.class_names
-        classes = {n: None if v != v else v for n, v in zip(names, per_class, strict=True)}  # noqa: PLR0124 NaN
+        classes = {n: None if v != v else v for n, v in zip(names, per_class, strict=True)}
         return {self._file.score: value, "per_class": classes}
 
     def _pack_weights(self, number: int, member: Member, data: ResidentData) -> bytes:
-        """Return all that `predict` and `evaluate` need: names, shapes and weights, without any code."""
-        content = {
-            "network": self._file.network,
-            "network_params": split_params(self._file, self._params[number]).network,
-            "in_channels": data.in_channels,
-            "class_names": list(self._dataset.class_names),
-            "image_size": self._params[number].get("image_size"),
-            "dataset": self._dataset.name,
-            "study": self._file.name,
-            "trial": number,
-            "score": self._file.score,
-            "precision": self._precision,
-            "params": self._params[number],
-            "weights": {name: value.cpu() for name, value in member.best_weights.items()},
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        return buffer.getvalue()
+        split = split_params(self._file, self._params[number])
+        return dump_weights(
+            Weights(
+                network=self._file.network,
+                network_params=split.network,
+                in_channels=data.in_channels,
+                class_names=self._dataset.class_names,
+                image_size=split.training.image_size,
+                dataset=self._dataset.name,
+                fold=self._file.fold,
+                score=self._file.score,
+                precision=self._precision,
+                study=self._file.name,
+                trial=number,
+                params=self._params[number],
+                state=member.best_weights,
+            )
+        )
 
 
 def _pack_predictions(cases: tuple[str, ...], pred: torch.Tensor) -> bytes:

@@ -10,7 +10,7 @@ PRUNER_NAMES = ("none", "median", "asha")
 
 
 class SuccessiveHalving(BasePruner):
-    """At epochs `min_epochs`, `min_epochs * factor`, ... go on only among the best `1 / factor` of those that came so far.
+    """At epochs `min_epochs`, `min_epochs * factor`, ... go on only among the best `1 / factor` that came so far.
 
     Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934, algorithm 2.
     Differs: A trial is never paused: one that is not promoted when it reaches a rung ends there, as in Optuna's
@@ -64,5 +64,3 @@ def make_pruner(name: str, settings: dict[str, Any]) -> BasePruner:
     if name == "asha":
         return SuccessiveHalving(min_epochs=settings["min_epochs"], factor=settings["factor"])
     return NopPruner()
-
-

@@ -1,6 +1,5 @@
 """A study read back from the storage, as plain data: all that status, export and figures look at."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,8 +25,8 @@ class TrialRecord:
         started: When a worker took the trial first.
         finished: When the trial was told.
         curve: Columns of equal length, one row per epoch; a column may be missing and a cell may be None.
-            Columns: epoch, train_loss, score, best_score, per_class (one list per epoch, one number per class), bottleneck,
-            skip, enhanced_sum, other_sum, seconds.
+            Columns: epoch, train_loss, score, best_score, per_class (one list per epoch, one number per class),
+            bottleneck, skip, enhanced_sum, other_sum, seconds.
         epoch: How far the training is, as of the last sign of life.
         worker: Who holds it, or held it last.
         reason: Why it was pruned, failed or let go of.
@@ -114,13 +113,15 @@ def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> St
     if "contract" not in attrs:
         message = f"{name}: a study that another program made; frem-search cannot read it."
         raise StudyNotFoundError(message)
-    of_study = {"study_id": study._study_id}  # noqa: SLF001 Optuna has no public name for it
+    of_study = {"study_id": study._study_id}
     with storage.engine.connect() as connection:
         leases = {row.trial_id: row for row in connection.execute(sa.text(LEASES), of_study)}
-        curves = {row.trial_id: row.curve for row in connection.execute(sa.text(CURVES), of_study)} if has_curves else {}
+        curves = (
+            {row.trial_id: row.curve for row in connection.execute(sa.text(CURVES), of_study)} if has_curves else {}
+        )
     trials = []
     for trial in study.get_trials(deepcopy=False):
-        lease = leases.get(trial._trial_id)  # noqa: SLF001 as above
+        lease = leases.get(trial._trial_id)
         trials.append(
             TrialRecord(
                 number=trial.number,
@@ -130,7 +131,7 @@ def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> St
                 user_attrs=dict(trial.user_attrs),
                 started=trial.datetime_start,
                 finished=trial.datetime_complete,
-                curve=curves.get(trial._trial_id, {}),  # noqa: SLF001 as above
+                curve=curves.get(trial._trial_id, {}),
                 epoch=lease.epoch if lease else 0,
                 worker=f"{lease.host}:{lease.pid} {lease.device}" if lease else "",
                 reason=trial.user_attrs.get("reason") or (lease.reason if lease else "") or "",

@@ -28,7 +28,9 @@ class PerTrialSampler(BaseSampler):
         seed: The study's seed.
     """
 
-    def __init__(self, make: Callable[[int, int], BaseSampler], *, space: Mapping[str, BaseDistribution], seed: int) -> None:
+    def __init__(
+        self, make: Callable[[int, int], BaseSampler], *, space: Mapping[str, BaseDistribution], seed: int
+    ) -> None:
         self._make = make
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._seed = seed
@@ -41,7 +43,9 @@ class PerTrialSampler(BaseSampler):
         """Draw all parameters together, where the sampler does that."""
         return self._fresh(trial, "all").sample_relative(study, trial, search_space) if search_space else {}
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         """Draw one parameter alone."""
         return self._fresh(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
 
@@ -75,7 +79,9 @@ class SobolSampler(BaseSampler):
         point = sequence.fast_forward(self._number).random(1)[0]
         return {name: _at(dist, float(u)) for (name, dist), u in zip(search_space.items(), point, strict=True)}
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         """Draw at random what stands outside the sequence, as in a trial enqueued with some parameters only."""
         return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
 

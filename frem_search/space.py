@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from frem_search.errors import StudyFileError
@@ -76,12 +77,31 @@ def parse_space(table: Mapping[str, Any], *, where: str) -> dict[str, Param]:
     """Read a study file's `[params]`.
 
     Raises:
-        StudyFileError: A range is upside down, has unknown keys or ends that are no numbers, or a choice is empty.
+        StudyFileError: A range is upside down, has unknown keys or ends that are no numbers, a choice is empty, or a
+            number is not finite or needs more than 64 bits.
 
     >>> parse_space({"B": {"low": 1, "high": 512}, "X": [1, 10], "depth": 4}, where="studies/s.toml: params")
     {'B': Range(low=1, high=512, log=False, step=None), 'X': Choice(choices=(1, 10)), 'depth': Fixed(value=4)}
     """
+    for name, value in table.items():
+        _check_numbers(value, where=f"{where}.{name}")
     return {name: _parse_param(value, where=f"{where}.{name}") for name, value in table.items()}
+
+
+def _check_numbers(value: Any, *, where: str) -> None:
+    """Refuse numbers that neither the database nor a tensor can hold, wherever they stand."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_numbers(inner, where=f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, where=where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        message = f"{where}: expected an integer of at most 64 bits, but got one of {value.bit_length()} bits."
+        raise StudyFileError(message)
+    elif isinstance(value, float) and not math.isfinite(value):
+        message = f"{where}: expected a finite number, but got {value!r}."
+        raise StudyFileError(message)
 
 
 def _parse_param(value: Any, *, where: str) -> Param:
@@ -106,15 +126,15 @@ def _parse_range(table: dict[str, Any], *, where: str) -> Range:
     if unknown or "low" not in table or "high" not in table:
         message = (
             f"{where}: a range has the keys low and high, and may have log and step, but got {', '.join(table) or '{}'}."
-            f' Write for example {{ low = 1, high = 512 }}; a fixed value that is a table is not supported.'
+            f" Write for example {{ low = 1, high = 512 }}; a fixed value that is a table is not supported."
         )
         raise StudyFileError(message)
     for key in ("low", "high", "step"):
         number = table.get(key)
         if key == "step" and number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            message = f"{where}.{key}: expected a finite number, but got {number!r}."
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            message = f"{where}.{key}: expected a number, but got {number!r}."
             raise StudyFileError(message)
     low, high, log, step = table["low"], table["high"], table.get("log", False), table.get("step")
     if low >= high:
@@ -141,6 +161,14 @@ def _check_steps(low: float, high: float, *, log: bool, step: float | None, wher
             f"{' with log' if log else ''}."
         )
         raise StudyFileError(message)
+    # In decimals, as the file spells them: 0.1 divides 1.0 there and not in binary.
+    first, last, width = (Decimal(str(number)) for number in (low, high, step))
+    if beyond := (last - first) % width:
+        message = (
+            f"{where}.step: expected a step that leads from {low} to {high}, but got {step}, which ends at {last - beyond}. "
+            f"Write that as high, or another step."
+        )
+        raise StudyFileError(message)
 
 
 def space_from_json(stored: Mapping[str, Any]) -> dict[str, Param]:
@@ -164,10 +192,16 @@ def searched(space: Space) -> tuple[str, ...]:
 
 
 def corners(space: Space, *, most: int = 1024) -> Iterator[dict[str, Any]]:
-    """Yield combinations of the parameters' edges, at most so many: what fits there fits everywhere between."""
+    """Yield combinations of the parameters' edges: what fits there fits everywhere between.
+
+    Every edge of every parameter is among them, however many there are; of their combinations, the first `most`.
+    """
     names = list(space)
     for values in itertools.islice(itertools.product(*(space[name].bounds() for name in names)), most):
         yield dict(zip(names, values, strict=True))
+    if math.prod(len(param.bounds()) for param in space.values()) > most:
+        first = {name: space[name].bounds()[0] for name in names}
+        yield from (first | {name: value} for name in names for value in space[name].bounds())
 
 
 def distributions(space: Space) -> "dict[str, BaseDistribution]":

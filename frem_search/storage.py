@@ -1,4 +1,4 @@
-"""A database URL, or none for the embedded PostgreSQL, becomes an engine and an Optuna storage that share transactions."""
+"""A database URL, or none for the embedded PostgreSQL, becomes an engine and Optuna storage that share transactions."""
 
 import os
 import time
@@ -91,7 +91,7 @@ def normalise_url(text: str) -> sa.URL:
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
-    """Whether an error means that the database was out of reach or stepped in, so that the action may be tried again."""
+    """Whether an error means that the database was out of reach or stepped in, so that one may try again."""
     while error is not None:
         if isinstance(error, exc.OperationalError | exc.InterfaceError | psycopg2.OperationalError):
             return True
@@ -221,7 +221,9 @@ class Storage:
     def _create_tables(self) -> None:
         """Create Optuna's tables and ours, by one process at a time."""
         with self.engine.connect() as connection:
-            found = connection.execute(sa.text("SELECT to_regclass('alembic_version'), to_regclass('frem_curve')")).one()
+            found = connection.execute(
+                sa.text("SELECT to_regclass('alembic_version'), to_regclass('frem_curve')")
+            ).one()
             if all(found):
                 return
             connection.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": TABLES_LOCK})

@@ -61,7 +61,7 @@ class OpenStudy:
     @property
     def id(self) -> int:
         """The study's key in Optuna's tables."""
-        return self.optuna._study_id  # noqa: SLF001 Optuna has no public name for it
+        return self.optuna._study_id
 
     @property
     def artifacts_prefix(self) -> str:

@@ -112,9 +112,10 @@ def load_study_file(
     """
     path = find_study_file(study)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # ValueError: TOML and UTF-8 errors, and an integer of more digits than Python reads; RecursionError: nested too deep.
+    except (ValueError, RecursionError) as error:
         message = f"{path}: not a TOML file: {error}. See docs/studies.md for its form."
         raise StudyFileError(message) from None
     except OSError as error:
@@ -129,15 +130,26 @@ def load_study_file(
             raise StudyFileError(message)
         table = _merge(table, quick_table)
     else:
-        reader.study(_merge(table, quick_table), name=path.stem, text=text)  # so that a mistake in [quick] is told early
+        _check_quick(reader, table, quick_table)
     name = path.stem + ("-quick" if quick else "")
     if dataset is not None and dataset != table.get("dataset"):
         table["dataset"] = dataset
-        name += f"@{Path(dataset).name}"
+        name += f"@{Path(dataset).resolve().name}"
     budget = table.get("budget")
     if isinstance(budget, dict):
         budget |= {key: n for key, n in (("n_trials", n_trials), ("n_epochs", n_epochs)) if n is not None}
     return reader.study(table, name=name, text=text)
+
+
+def _check_quick(reader: "_Reader", table: dict[str, Any], quick_table: dict[str, Any]) -> None:
+    """Tell a mistake in `[quick]` before somebody needs it; one outside it is told first, without it."""
+    name = reader.path.stem
+    reader.study(table, name=name, text="")
+    try:
+        reader.study(_merge(table, quick_table), name=name, text="")
+    except StudyFileError as error:
+        message = f"{error} So it is with [quick], which replaces key by key."
+        raise StudyFileError(message) from None
 
 
 def _merge(table: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +170,19 @@ class _Reader:
         self.path = path
 
     def study(self, table: dict[str, Any], *, name: str, text: str) -> StudyFile:
-        known = ("title", "dataset", "network", "loss", "score", "fold", "precision", "budget", "params", "sampler", "pruner")
+        known = (
+            "title",
+            "dataset",
+            "network",
+            "loss",
+            "score",
+            "fold",
+            "precision",
+            "budget",
+            "params",
+            "sampler",
+            "pruner",
+        )
         self.known(table, "", known)
         budget, params = self.table(table, "budget"), self.table(table, "params")
         self.known(budget, "budget.", ("n_trials", "n_epochs"))

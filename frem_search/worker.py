@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optuna
-
 from optuna.trial import TrialState
 
-from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
+from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError
 from frem_search.leases import Held, Leases
 from frem_search.objective import Objective, Outcome, check, first_image_size
 from frem_search.space import Space, distributions, resolve
@@ -25,6 +24,8 @@ from frem_search.training.member import EpochReport, Member
 MOST_REPORTS = 50  # that Optuna gets of a trial: its intermediate values are what slows a study down
 BUSY_POLL_S = 2.0
 MOST_ERRORS_IN_A_ROW = 3
+BELOW_OTHERS = "its score is below what the pruner asks for"
+KEPT_WEIGHTS = 3  # of the best trials; one of FREM's has 31 MB
 
 
 class TrialTrainer(Protocol):
@@ -139,45 +140,30 @@ class Worker:
             self._errors_in_a_row = 0
         except LeaseLostError as error:
             yield TrialEvent("lost", held.number, reason=str(error))
-        except GeneratorExit:
+        except (KeyboardInterrupt, GeneratorExit):
             self._leases.release(held, reason="stopped")
             raise
-        except KeyboardInterrupt:
-            self._leases.release(held, reason="interrupted")
-            raise
         except DeviceMemoryError as error:
-            if not self._objective.searches_shapes:
-                self._leases.release(held, reason=str(error))
-                raise
-            self._leases.tell(held, state=TrialState.PRUNED, attrs={"reason": str(error)})
-            yield TrialEvent("pruned", held.number, reason=str(error))
+            yield self._out_of_memory(held, error)
         except (FremSearchError, OSError) as error:
             # The machine's fault, not the trial's: it waits for the next worker, and this one ends.
             self._leases.release(held, reason=str(error), is_forgiven=False)
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
             yield self._fail(held, error)
-            if self._errors_in_a_row >= MOST_ERRORS_IN_A_ROW:
-                raise
 
     def _run(self, held: Held) -> Iterator[TrialEvent]:
-        member = self._objective.member(held.number)
-        held.epoch = member.epoch
+        """Train an admitted trial epoch by epoch."""
+        held.epoch = self._objective.member(held.number).epoch
         if held.is_adopted and held.reported and self._leases.should_prune(held):
-            yield self._prune(held, "its last report is below what the pruner asks for")
+            yield self._prune(held, BELOW_OTHERS)
             return
         saved_at = time.monotonic()
         for report in self._objective.epochs():
             held.epoch = report.epoch
             yield TrialEvent("epoch", held.number, report=report)
-            if not report.is_finite:
-                yield self._prune(held, f"the training loss was no number in epoch {report.epoch}")
-                return
-            if held.is_lost:
-                message = f"trial {held.number}: another worker took it while this one was out of touch."
-                raise LeaseLostError(message)
-            if not report.is_done and self._reports(held, report):
-                yield self._prune(held, "its score is below what the pruner asks for")
+            if reason := self._reason_to_prune(held, report):
+                yield self._prune(held, reason)
                 return
             if report.is_done:
                 break
@@ -191,12 +177,18 @@ class Worker:
                 return
         yield self._complete(held)
 
-    def _reports(self, held: Held, report: EpochReport) -> bool:
-        """Report where a report is due; return whether the trial is to be pruned."""
-        if report.epoch % self._report_every or report.epoch <= held.reported:
-            return False
+    def _reason_to_prune(self, held: Held, report: EpochReport) -> str:
+        """Report what is due; return why the trial ends here, or nothing."""
+        if held.is_lost:
+            message = f"trial {held.number}: another worker took it while this one was out of touch."
+            raise LeaseLostError(message)
+        if not report.is_finite:
+            return f"the training loss was no number in epoch {report.epoch}"
+        is_due = report.epoch % self._report_every == 0 and report.epoch > held.reported
+        if report.is_done or not is_due:
+            return ""
         self._leases.report(held, report.best_score, step=report.epoch)
-        return self._leases.should_prune(held)
+        return BELOW_OTHERS if self._leases.should_prune(held) else ""
 
     def _checkpoint(self, held: Held) -> None:
         self._objective.save_checkpoint(held.number)
@@ -207,22 +199,37 @@ class Worker:
         outcome = self._objective.finish(held.number)
         self._leases.report(held, outcome.score, step=self._n_epochs)
         self._tell(held, TrialState.COMPLETE, {"result": outcome.result}, value=outcome.score)
+        # A few more than the one that fell out of the best, in case another worker finished at the same time.
+        for number in self._leases.ranking()[KEPT_WEIGHTS : 2 * KEPT_WEIGHTS]:
+            self._objective.discard(number, weights=True)
         return TrialEvent("complete", held.number, value=outcome.score)
 
     def _prune(self, held: Held, reason: str) -> TrialEvent:
         self._tell(held, TrialState.PRUNED, {"reason": reason})
         return TrialEvent("pruned", held.number, value=self._objective.member(held.number).best_score, reason=reason)
 
+    def _out_of_memory(self, held: Held, error: DeviceMemoryError) -> TrialEvent:
+        """End a trial whose own shapes need too much; for any other this machine is too small, and the worker ends."""
+        if not self._objective.searches_shapes:
+            self._leases.release(held, reason=str(error))
+            raise error
+        self._leases.tell(held, state=TrialState.PRUNED, attrs={"reason": str(error)})
+        return TrialEvent("pruned", held.number, reason=str(error))
+
     def _fail(self, held: Held, error: Exception) -> TrialEvent:
+        """Fail a trial; a worker whose trials fail one after another ends with the error."""
         reason = f"{type(error).__name__}: {error}"
         self._errors_in_a_row += 1
         self._leases.tell(held, state=TrialState.FAIL, attrs={"reason": reason})
+        if self._errors_in_a_row >= MOST_ERRORS_IN_A_ROW:
+            raise error
         return TrialEvent("failed", held.number, reason=reason)
 
     def _tell(self, held: Held, state: TrialState, attrs: Mapping[str, Any], *, value: float | None = None) -> None:
         provenance = self._objective.provenance(held.number)
         curve = self._objective.member(held.number).curve
         self._leases.tell(held, state=state, value=value, attrs={**attrs, "provenance": provenance}, curve=curve)
+        self._objective.discard(held.number, weights=False)
 
 
 @contextmanager
@@ -273,13 +280,16 @@ def open_worker(
         storage, study.optuna, distributions=distributions(study_file.space), device=describe_device(chosen)
     )
     with leases:
-        yield study, Worker(
-            leases,
-            objective,
-            space=study_file.space,
-            n_epochs=study_file.n_epochs,
-            is_stopping=is_stopping,
-            checkpoint_every_s=checkpoint_every_s,
+        yield (
+            study,
+            Worker(
+                leases,
+                objective,
+                space=study_file.space,
+                n_epochs=study_file.n_epochs,
+                is_stopping=is_stopping,
+                checkpoint_every_s=checkpoint_every_s,
+            ),
         )
 
 

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from frem_search import __version__
-from frem_search.cli import search
+from frem_search.cli import data, search, service, studies
 from frem_search.errors import FremSearchError
 from frem_search.stop import interrupt_on_sigterm
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 search.add_to(app)
+studies.add_to(app)
+data.add_to(app)
+service.add_to(app)
 
 
 def _print_version(value: bool) -> None:

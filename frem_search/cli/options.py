@@ -26,7 +26,9 @@ StudyOption = Annotated[
 ]
 QuickOption = Annotated[
     bool,
-    typer.Option("--quick", envvar="FREM_SEARCH_QUICK", help="The study as its [quick] table has it: minutes on a CPU."),
+    typer.Option(
+        "--quick", envvar="FREM_SEARCH_QUICK", help="The study as its [quick] table has it: minutes on a CPU."
+    ),
 ]
 DatasetOption = Annotated[
     str | None,

@@ -22,7 +22,9 @@ from frem_search.cli.options import (
 
 TrialsOption = Annotated[
     int | None,
-    typer.Option(min=1, envvar="FREM_SEARCH_N_TRIALS", help="Another budget than the study file's.", show_default=False),
+    typer.Option(
+        min=1, envvar="FREM_SEARCH_N_TRIALS", help="Another budget than the study file's.", show_default=False
+    ),
 ]
 EpochsOption = Annotated[
     int | None,
@@ -139,7 +141,9 @@ def figures(
     dataset: DatasetOption = None,
     storage: StorageOption = None,
     out: OutOption = Path("figures"),
-    format: Annotated[str, typer.Option("--format", help="Any of html, png, svg, pdf, with commas between.")] = "html,png",
+    format: Annotated[
+        str, typer.Option("--format", help="Any of html, png, svg, pdf, with commas between.")
+    ] = "html,png",
     only: Annotated[str, typer.Option(help="Names of figures with commas between; all without it.")] = "",
 ) -> None:
     """Draw the papers' figures of a study, each with its numbers as CSV beside it.

@@ -68,13 +68,16 @@ class Cohort:
             member.keep_weights()
         seconds = time.perf_counter() - started
         _note(member, train_loss=train_loss, score=value, per_class=per_class, features=features, seconds=seconds)
-        return EpochReport(
-            member.key, epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds
-        )
+        return EpochReport(member.key, epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds)
 
     def _train(self, member: Member, epoch: int) -> tuple[Tensor, Features | None]:
         """Run the steps of one epoch without waiting for the device; return mean loss and mean feature magnitudes."""
-        network, device, images, labels = member.network, self.data.device, self.data.train.images, self.data.train.labels
+        network, device, images, labels = (
+            member.network,
+            self.data.device,
+            self.data.train.images,
+            self.data.train.labels,
+        )
         batches = epoch_batches(len(self.data.train), member.batch_size, seed=self.seed, fold=self.fold, epoch=epoch)
         indices, flags = torch.from_numpy(batches.indices).to(device), torch.from_numpy(batches.flags).to(device)
         coefficients = {name: torch.tensor(value, device=device) for name, value in member.coefficients.items()}
@@ -103,7 +106,13 @@ def _mean_features(steps: list[Features | None]) -> Features | None:
 
 
 def _note(
-    member: Member, *, train_loss: float, score: float, per_class: list[float], features: Features | None, seconds: float
+    member: Member,
+    *,
+    train_loss: float,
+    score: float,
+    per_class: list[float],
+    features: Features | None,
+    seconds: float,
 ) -> None:
     """Append the epoch to the member's curve; JSON has no NaN, so that a class without a score is None."""
     row = {"epoch": member.epoch, "train_loss": train_loss, "score": score, "best_score": member.best_score}

@@ -44,4 +44,4 @@ def best_precision(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # noqa: SLF001 no public name for it in torch 2.13
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

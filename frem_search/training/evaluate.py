@@ -26,7 +26,9 @@ def predict(
         with precision_context(images.device, precision):
             logits = network(batch).logits
         # argmax of bf16 logits would let ties decide; softmax needs the range.
-        parts.append(logits.float().softmax(dim=1) if takes == "probabilities" else logits.argmax(dim=1).to(torch.uint8))
+        parts.append(
+            logits.float().softmax(dim=1) if takes == "probabilities" else logits.argmax(dim=1).to(torch.uint8)
+        )
     network.train(was_training)
     return torch.cat(parts)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 CURVE_COLUMNS = (
-    "epoch", "train_loss", "score", "best_score", "per_class", "bottleneck", "skip", "enhanced_sum", "other_sum", "seconds",
+    "epoch", "train_loss", "score", "best_score", "per_class", "bottleneck", "skip", "enhanced_sum", "other_sum",
+    "seconds",
 )  # fmt: skip
 
 

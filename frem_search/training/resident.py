@@ -53,7 +53,9 @@ def load_resident(dataset: Dataset, *, fold: int, device: torch.device) -> Resid
     def part(name: str) -> Part:
         indices = dataset.indices(name, fold=fold)  # type: ignore[arg-type]
         if not len(indices) and name != "test":
-            message = f"{dataset.folder}: fold {fold} has no {name} image, but training needs one. Check splits_final.json."
+            message = (
+                f"{dataset.folder}: fold {fold} has no {name} image, but training needs one. Check splits_final.json."
+            )
             raise DatasetError(message)
         images = torch.from_numpy(dataset.images[indices])
         labels = torch.from_numpy(dataset.labels[indices])

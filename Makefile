@@ -1,0 +1,38 @@
+# Each target sets up all that it needs, on a machine that has only Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test lint docs clean
+
+quickstart: .venv/installed
+	FREM_SEARCH_HOME=$(CURDIR)/quickstart/home $(BIN)/frem-search run --study mouse_frem --quick
+	FREM_SEARCH_HOME=$(CURDIR)/quickstart/home $(BIN)/frem-search figures --study mouse_frem --quick --out quickstart/figures
+	@echo "The figures lie in $(CURDIR)/quickstart/figures: open tpe_scatter.html first."
+
+test: .venv/developed
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/developed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m cogapp --check docs/cli.md
+
+docs: .venv/developed
+	$(BIN)/python -m cogapp -r docs/cli.md
+
+clean:
+	rm -rf .venv quickstart
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+# pip 25.1 knows dependency groups; a venv may bring an older one.
+.venv/developed: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt 'pip>=25.1'
+	$(BIN)/pip install -q -c constraints.txt --group dev
+	touch $@

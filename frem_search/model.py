@@ -1,0 +1,128 @@
+"""One configuration trained without a search: its parameters, and the training just as a trial has it."""
+
+import re
+import tomllib
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from frem_search.artifacts import Artifacts
+from frem_search.data.dataset import Dataset
+from frem_search.errors import FremSearchError, StudyFileError, UsageError
+from frem_search.objective import WEIGHTS, Objective, Outcome, check
+from frem_search.space import Fixed, Param, Range, resolve, searched
+from frem_search.study_file import StudyFile
+from frem_search.training.device import best_precision, find_device
+from frem_search.training.member import EpochReport
+from frem_search.training.weights import dump_weights, load_weights
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training without a search leaves behind.
+
+    Args:
+        weights: The content of its weights file.
+        outcome: Score and result as a trial has them.
+        provenance: The conditions as a trial has them.
+    """
+
+    weights: bytes
+    outcome: Outcome
+    provenance: Mapping[str, Any]
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Read `NAME=VALUE` with a value as TOML writes it; a bare word is a text, because a shell takes quotes away.
+
+    Raises:
+        UsageError: It has another form, or names a parameter twice.
+
+    >>> parse_settings(["B=8", "X=2.5e2", "image_size=[32, 48]", "normalization=batch_norm"])
+    {'B': 8, 'X': 250.0, 'image_size': [32, 48], 'normalization': 'batch_norm'}
+    """
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        try:
+            table = tomllib.loads(f"value = {text}")
+        except (ValueError, RecursionError):
+            table = {"value": text} if re.fullmatch(r"[A-Za-z_]\w*", text) else {}
+        if not equals or not name or list(table) != ["value"] or name in parsed:
+            message = f"--set: expected NAME=VALUE such as B=8 or X=250.0, each name once, but got {setting!r}."
+            raise UsageError(message)
+        parsed[name] = table["value"]
+    return parsed
+
+
+def settle(study_file: StudyFile, settings: Mapping[str, Any]) -> StudyFile:
+    """Return the study with every parameter fixed: as the settings say, else as the study itself fixes it.
+
+    Raises:
+        UsageError: A searched parameter has no setting, or network, loss and training do not take a value.
+    """
+    check(study_file)
+    space = {name: param for name, param in study_file.space.items() if name not in settings}
+    if missing := searched(space):
+        listed = ", ".join(f"{name} ({describe_param(space[name])})" for name in missing)
+        message = (
+            f"{study_file.name}: expected a value for every parameter that is searched, but got none for {listed}. "
+            "Add --set NAME=VALUE for each, or take those of a trial with --trial."
+        )
+        raise UsageError(message)
+    settled = replace(study_file, space=space | {name: Fixed(value) for name, value in settings.items()})
+    try:
+        check(settled)
+    except StudyFileError as error:
+        message = f"--set: {error}"
+        raise UsageError(message) from None
+    return settled
+
+
+def describe_param(param: Param) -> str:
+    """Return what a study searches for a parameter.
+
+    >>> describe_param(Range(1, 512))
+    '1 to 512'
+    """
+    if isinstance(param, Range):
+        return f"{param.low} to {param.high}" + (f" in steps of {param.step}" if param.step else "")
+    return " or ".join(map(str, param.bounds()))
+
+
+def train(
+    settled: StudyFile,
+    dataset: Dataset,
+    *,
+    device: str,
+    on_epoch: Callable[[EpochReport], None] = lambda _: None,
+) -> Trained:
+    """Train one configuration just as a trial would be trained.
+
+    Args:
+        settled: A study whose parameters are all fixed.
+        dataset: At the size of `first_image_size`.
+        device: As `find_device` takes it.
+        on_epoch: Told of every epoch.
+
+    Raises:
+        FremSearchError: The loss was no number.
+    """
+    chosen = find_device(device)
+    precision = best_precision(chosen) if settled.precision == "auto" else settled.precision
+    # In memory: an interrupted training leaves nothing behind.
+    artifacts = Artifacts("memory://", uuid.uuid4().hex)
+    objective = Objective(settled, dataset, device=chosen, precision=precision, artifacts=artifacts, study_uid="")
+    try:
+        objective.admit(0, resolve(settled.space, {}))
+        for report in objective.epochs():
+            on_epoch(report)
+            if not report.is_finite:
+                message = f"{settled.name}: epoch {report.epoch}: the loss is no number. Lower learning_rate or X."
+                raise FremSearchError(message)
+        outcome = objective.finish(0)
+        stored = load_weights(artifacts.read(f"0/{WEIGHTS}") or b"", where=artifacts.url(f"0/{WEIGHTS}"))
+        return Trained(dump_weights(replace(stored, trial=None)), outcome, objective.provenance(0))
+    finally:
+        artifacts.remove_all()

@@ -1,0 +1,74 @@
+"""A trial trained once more from nothing, to see whether it comes to the same score."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from frem_search.errors import UsageError
+from frem_search.model import settle, train
+from frem_search.record import StudyRecord, TrialRecord
+from frem_search.stored_trial import matching_dataset, stored_study_file, trial_params
+from frem_search.training.member import EpochReport
+
+CONDITIONS = ("frem_search", "torch", "device", "host", "precision", "cohort")  # under which equal means every bit
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A trial trained once more.
+
+    Args:
+        number: The trial's.
+        stored: Its score.
+        repeated: The score of the repetition.
+        differing: The conditions that are others than the trial's, each as it was and as it is.
+    """
+
+    number: int
+    stored: float
+    repeated: float
+    differing: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both scores are equal in every bit."""
+        return self.stored == self.repeated
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the scores differ under conditions that promise equal ones."""
+        return not self.is_same and not self.differing
+
+
+def rerun(
+    record: StudyRecord,
+    trial: TrialRecord,
+    *,
+    dataset: str,
+    device: str,
+    on_epoch: Callable[[EpochReport], None] = lambda _: None,
+) -> Repeat:
+    """Train a complete trial from nothing, with the seed, parameters and precision that are stored, and compare.
+
+    Args:
+        record: The study.
+        trial: One of its trials.
+        dataset: Name or folder of the images that it was trained on.
+        device: As `find_device` takes it.
+        on_epoch: Told of every epoch.
+
+    Raises:
+        UsageError: The trial is not complete.
+        ContractError: The images are others than those of the study.
+    """
+    if trial.state != "complete" or trial.value is None:
+        message = f"{record.name}: trial {trial.number} is {trial.state}, but only a complete trial can be repeated."
+        raise UsageError(message)
+    settled = settle(stored_study_file(record, dataset=dataset), trial_params(record, trial))
+    loaded = matching_dataset(record, settled)
+    trained = train(settled, loaded, device=device, on_epoch=on_epoch)
+    then, now = trial.user_attrs.get("provenance", {}), trained.provenance
+    # The name of a GPU says how it computes; "cpu" does not, so that there another host is another condition.
+    names = [name for name in CONDITIONS if name != "host" or str(now["device"]).startswith("cpu")]
+    differing = {name: (then.get(name), now[name]) for name in names if then.get(name) != now[name]}
+    return Repeat(trial.number, trial.value, trained.outcome.score, differing)

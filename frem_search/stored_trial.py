@@ -1,0 +1,101 @@
+"""A trial of a stored study, as something to train once more or to predict with."""
+
+from pathlib import Path
+from typing import Any
+
+from frem_search.artifacts import Artifacts, artifacts_url
+from frem_search.data.dataset import Dataset, load_dataset
+from frem_search.errors import ArtifactError, ContractError, UsageError
+from frem_search.objective import WEIGHTS, first_image_size
+from frem_search.record import StudyRecord, TrialRecord
+from frem_search.space import resolve, searched, space_from_json
+from frem_search.study import artifacts_prefix
+from frem_search.study_file import Sampler, StudyFile
+from frem_search.training.weights import Weights, load_weights
+
+
+def find_trial(record: StudyRecord, which: str) -> TrialRecord:
+    """Return a trial by number, or the `best` one.
+
+    Raises:
+        UsageError: There is no such trial.
+    """
+    if which == "best" and record.best is not None:
+        return record.best
+    found = [trial for trial in record.trials if str(trial.number) == which]
+    if not found:
+        has = f"trials 0 to {len(record.trials) - 1}" if record.trials else "no trial"
+        complete = "" if record.complete else ", none of them complete"
+        message = f"--trial: expected best or a number of {record.name}, which has {has}{complete}, but got {which!r}."
+        raise UsageError(message)
+    return found[0]
+
+
+def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+    """Return all parameters of a trial, drawn and fixed.
+
+    Raises:
+        UsageError: Nothing was drawn for it yet.
+    """
+    space = space_from_json(record.contract["space"])
+    if missing := [name for name in searched(space) if name not in trial.params]:
+        message = f"{record.name}: trial {trial.number} is {trial.state} and has no value yet for {', '.join(missing)}."
+        raise UsageError(message)
+    return resolve(space, trial.params)
+
+
+def stored_weights(record: StudyRecord, trial: TrialRecord, *, artifacts: str | None) -> Weights:
+    """Return the weights that a study kept of a trial.
+
+    Raises:
+        ArtifactError: It keeps none of this trial, or the file is torn.
+    """
+    stored = Artifacts(artifacts_url(artifacts), artifacts_prefix(record.name, record.uid))
+    name = f"{trial.number}/{WEIGHTS}"
+    content = stored.read(name)
+    if content is None:
+        message = (
+            f"{stored.url(name)}: trial {trial.number} of {record.name} has no weights here: a study keeps those of "
+            f"its best trials. Train them anew with `frem-search train --study {record.name} --trial {trial.number} "
+            "--out FILE.pt`, or say with --artifacts where the study keeps its files."
+        )
+        raise ArtifactError(message)
+    return load_weights(content, where=stored.url(name))
+
+
+def stored_study_file(record: StudyRecord, *, dataset: str) -> StudyFile:
+    """Return a study as it was begun, whatever its file says today, in the precision that it was begun with."""
+    contract = record.contract
+    return StudyFile(
+        name=record.name,
+        path=Path(record.name),
+        text="",
+        title=record.title,
+        dataset=dataset,
+        network=contract["network"],
+        n_trials=record.n_trials,
+        n_epochs=contract["n_epochs"],
+        space=space_from_json(contract["space"]),
+        loss=contract["loss"],
+        score=contract["score"],
+        fold=contract["fold"],
+        precision=contract["precision"],
+        sampler=Sampler(contract["sampler"], contract["seed"], contract["n_startup_trials"]),
+    )
+
+
+def matching_dataset(record: StudyRecord, settled: StudyFile) -> Dataset:
+    """Load the images of a stored study.
+
+    Raises:
+        ContractError: Their content is another than when the study was begun.
+    """
+    dataset = load_dataset(settled.dataset, image_size=first_image_size(settled))
+    if dataset.fingerprint != record.contract["dataset_fingerprint"]:
+        message = (
+            f"{dataset.folder}: expected the images that {record.name} was trained on (fingerprint "
+            f"{record.contract['dataset_fingerprint'][:12]}), but got others ({dataset.fingerprint[:12]}). "
+            "Give their folder with --dataset as the study was started with."
+        )
+        raise ContractError(message)
+    return dataset

