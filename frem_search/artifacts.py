@@ -1,7 +1,7 @@
 """Checkpoints, weights and predictions of trials under one URL: a folder, or any storage that fsspec knows."""
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 import fsspec
@@ -94,13 +94,13 @@ class Artifacts:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not tempfile's: others must be able to read it
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

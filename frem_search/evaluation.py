@@ -100,7 +100,7 @@ def check_fit(weights: Weights, dataset: Dataset) -> None:
     if dataset.class_names != weights.class_names:
         message = (
             f"{dataset.folder}: expected the classes {', '.join(weights.class_names)}, as the network was trained on "
-            f"{weights.dataset}, but got {', '.join(dataset.class_names)}. Choose another dataset; if they mean the same, "
-            "rename them in its dataset.json."
+            f"{weights.dataset}, but got {', '.join(dataset.class_names)}. Choose another dataset; if they mean the "
+            "same, rename them in its dataset.json."
         )
         raise DatasetError(message)

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 LEASE_S = 180.0
 MAX_ATTEMPTS = 3
 
-RUNNING_TRIALS = sa.text("""
+RUNNING = """
     SELECT t.trial_id, t.number, l.token, l.worker, l.boot_id, l.pid_namespace, l.pid, l.pid_started,
            coalesce(l.attempts, 0) AS attempts, coalesce(l.checkpoint_epoch, 0) AS checkpoint_epoch,
-           l.reason, coalesce(l.expires_at < now(), true) AS is_expired
+           l.reason, coalesce(l.expires_at < clock_timestamp(), true) AS is_expired
     FROM trials t LEFT JOIN frem_lease l USING (trial_id)
-    WHERE t.study_id = :study_id AND t.state = 'RUNNING' ORDER BY t.number
-""")
+    WHERE t.study_id = :study_id AND t.state = 'RUNNING'
+"""
+RUNNING_TRIALS = sa.text(RUNNING + "ORDER BY t.number")
+RUNNING_TRIAL = sa.text(RUNNING + "AND t.trial_id = :trial_id")
+LOCK_LEASE = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE")
 COUNTS = sa.text("""
     SELECT count(*) AS numbers, count(*) FILTER (WHERE state = 'WAITING') AS enqueued
     FROM trials WHERE study_id = :study_id
@@ -37,15 +40,15 @@ TAKE = sa.text("""
     INSERT INTO frem_lease (trial_id, study_id, token, worker, host, boot_id, pid_namespace, pid, pid_started, device,
                             attempts, total_attempts, epoch, checkpoint_epoch, taken_at, expires_at)
     VALUES (:trial_id, :study_id, :token, :worker, :host, :boot_id, :pid_namespace, :pid, :pid_started, :device,
-            1, 1, 0, 0, now(), now() + make_interval(secs => :lease_s))
+            :attempt, 1, 0, 0, now(), clock_timestamp() + make_interval(secs => :lease_s))
     ON CONFLICT (trial_id) DO UPDATE SET
         token = :token, worker = :worker, host = :host, boot_id = :boot_id, pid_namespace = :pid_namespace, pid = :pid,
-        pid_started = :pid_started, device = :device, attempts = frem_lease.attempts + 1,
-        total_attempts = frem_lease.total_attempts + 1, taken_at = now(),
-        expires_at = now() + make_interval(secs => :lease_s)
+        pid_started = :pid_started, device = :device, attempts = :attempt,
+        total_attempts = frem_lease.total_attempts + 1, reason = NULL, taken_at = now(),
+        expires_at = clock_timestamp() + make_interval(secs => :lease_s)
 """)
 RENEW = sa.text("""
-    UPDATE frem_lease SET expires_at = now() + make_interval(secs => :lease_s), epoch = :epoch
+    UPDATE frem_lease SET expires_at = clock_timestamp() + make_interval(secs => :lease_s), epoch = :epoch
     WHERE trial_id = :trial_id AND token = :token
 """)
 HOLD = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id AND token = :token FOR UPDATE")
@@ -59,7 +62,8 @@ CHECKPOINTED = sa.text("""
     WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
 """)
 FINISH = sa.text("""
-    UPDATE frem_lease SET token = NULL, told_token = :token, epoch = greatest(epoch, :epoch) WHERE trial_id = :trial_id
+    UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)
+    WHERE trial_id = :trial_id
 """)
 KEEP_CURVE = sa.text("""
     INSERT INTO frem_curve (trial_id, curve) VALUES (:trial_id, :curve)
@@ -155,7 +159,8 @@ class Leases:
         def store() -> None:
             with self._storage.transaction() as connection:
                 self._require(connection, held)
-                held.trial.report(value, step)
+                # Not by held.trial.report: that one remembers what was rolled back, and would not store it again.
+                self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
 
         self._storage.retrying(store)
         held.reported = step
@@ -164,7 +169,9 @@ class Leases:
         """Whether the stored reports say that the trial should end here."""
         if isinstance(self._study.pruner, optuna.pruners.NopPruner):
             return False
-        return self._storage.retrying(held.trial.should_prune)
+        return self._storage.retrying(
+            lambda: self._study.pruner.prune(self._study, self._storage.optuna.get_trial(held.id))
+        )
 
     def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
         """Note that a checkpoint at `epoch` is stored, with the curve up to it.
@@ -232,21 +239,27 @@ class Leases:
 
     def ranking(self) -> list[int]:
         """Return the numbers of the complete trials, best first."""
-        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        trials = self._storage.retrying(
+            lambda: self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        )
         return [trial.number for trial in sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))]
 
     def _claim(self) -> Held | Literal["spent", "busy"]:
         with self._storage.transaction() as connection:
             n_trials = self._lock_study(connection)
-            running = connection.execute(RUNNING_TRIALS, {"study_id": self._study_id}).all()
-            for row in filter(self._is_orphan, running):
-                if row.attempts < self._max_attempts:
+            is_held_by_others = False
+            for row in connection.execute(RUNNING_TRIALS, {"study_id": self._study_id}).all():
+                if not self._is_orphan(row) or not self._is_still_orphan(connection, row):
+                    is_held_by_others = True
+                    continue
+                attempt = row.attempts + (not self._is_unanswered(row))
+                if attempt <= self._max_attempts:
                     trial = optuna.trial.Trial(self._study, row.trial_id)
-                    return self._take(connection, trial, is_adopted=True, attempt=row.attempts + 1)
+                    return self._take(connection, trial, is_adopted=True, attempt=attempt)
                 self._give_up(connection, row)
             counts = connection.execute(COUNTS, {"study_id": self._study_id}).one()
             if not counts.enqueued and counts.numbers >= n_trials:
-                return "busy" if any(not self._is_orphan(row) for row in running) else "spent"
+                return "busy" if is_held_by_others else "spent"
             trial = self._study.ask(fixed_distributions=dict(self._distributions))
             return self._take(connection, trial, is_adopted=False, attempt=1)
 
@@ -263,16 +276,28 @@ class Leases:
         return int(json.loads(row.value_json))
 
     def _is_orphan(self, row: Any) -> bool:
-        if row.worker == self._worker:
-            # Ours, but unknown to us: the connection was lost before the answer to an earlier claim came.
-            held = self._held.get(row.trial_id)
-            return held is None or held.token != row.token
+        if row.worker == self._worker and row.token is not None:
+            return self._is_unanswered(row)
         return row.token is None or row.is_expired or is_gone(row)
+
+    def _is_still_orphan(self, connection: sa.Connection, row: Any) -> bool:
+        """Lock an orphan's lease and look again: its worker may have been telling the trial at this very moment."""
+        of_trial = {"study_id": self._study_id, "trial_id": row.trial_id}
+        connection.execute(LOCK_LEASE, of_trial)
+        again = connection.execute(RUNNING_TRIAL, of_trial).first()
+        return again is not None and self._is_orphan(again)
+
+    def _is_unanswered(self, row: Any) -> bool:
+        """Whether we claimed a trial and do not know it: the connection was lost before the answer came."""
+        held = self._held.get(row.trial_id)
+        return row.worker == self._worker and row.token is not None and (held is None or held.token != row.token)
 
     def _take(self, connection: sa.Connection, trial: optuna.Trial, *, is_adopted: bool, attempt: int) -> Held:
         held = Held(trial, uuid.uuid4().hex, is_adopted, attempt)
         values = {"trial_id": held.id, "study_id": self._study_id, "token": held.token, "worker": self._worker}
-        values |= vars(this_process()) | {"device": self._device, "lease_s": self._lease_s}
+        values |= vars(this_process()) | {
+            "device": self._device, "lease_s": self._lease_s, "attempt": attempt,
+        }  # fmt: skip
         connection.execute(TAKE, values)
         held.reported = self._last_step(held.id) if is_adopted else 0
         return held

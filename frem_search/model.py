@@ -1,15 +1,18 @@
 """One configuration trained without a search: its parameters, and the training just as a trial has it."""
 
+import os
 import re
 import tomllib
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
-from frem_search.errors import FremSearchError, StudyFileError, UsageError
+from frem_search.errors import ArtifactError, FremSearchError, StudyFileError, UsageError
+from frem_search.figures.write import write_atomically
 from frem_search.objective import WEIGHTS, Objective, Outcome, check
 from frem_search.space import Fixed, Param, Range, resolve, searched
 from frem_search.study_file import StudyFile
@@ -126,3 +129,35 @@ def train(
         return Trained(dump_weights(replace(stored, trial=None)), outcome, objective.provenance(0))
     finally:
         artifacts.remove_all()
+
+
+def check_target(path: Path) -> None:
+    """Make sure, before anything is trained, that the weights can be written.
+
+    Raises:
+        ArtifactError: The path is a folder, or its folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "it is a folder" if path.is_dir() else "" if os.access(path.parent, os.W_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        message = f"--out {path}: cannot be written: {reason}. Choose the path of a file in a folder of yours."
+        raise ArtifactError(message)
+
+
+def save_weights(content: bytes, path: Path) -> None:
+    """Write a weights file, or leave what was there.
+
+    Raises:
+        ArtifactError: The disk is full, or the folder is gone.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = (
+            f"--out {path}: cannot be written ({len(content)} bytes): {reason}. Free space, or choose another path."
+        )
+        raise ArtifactError(message) from None

@@ -255,8 +255,9 @@ class Objective:
         data = cohort.data
         if len(data.test):
             metric = METRICS[self._file.score]
-            pred = predict(member.network, data.test.images, precision=self._precision, takes=metric.takes)
-            score = metric.function(pred, data.test.labels, n_classes=data.n_classes)
+            with self._memory_errors():
+                pred = predict(member.network, data.test.images, precision=self._precision, takes=metric.takes)
+                score = metric.function(pred, data.test.labels, n_classes=data.n_classes)
             result["test"] = self._named(score.value.item(), score.per_class.tolist())
             self._artifacts.write(f"{number}/{PREDICTIONS}", _pack_predictions(data.test.cases, pred))
         self._artifacts.write(f"{number}/{WEIGHTS}", self._pack_weights(number, member, data))

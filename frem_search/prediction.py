@@ -39,6 +39,7 @@ def predict_files(weights: Weights, files: Sequence[Path], *, out: Path, device:
 
     Every file is read and checked before the first is predicted. An image is resized and normalised as in training;
     then the classes' probabilities, not the classes, are brought back to the image's own size, which leaves no steps.
+    Whatever an image shows is resized to `image_size`: it should be a field as wide as those of the training.
 
     Args:
         weights: Of the network.

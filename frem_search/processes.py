@@ -25,7 +25,7 @@ class Process:
 def this_process() -> Process:
     """Return the identity of this process."""
     pid = os.getpid()
-    return Process(socket.gethostname(), *_machine(), pid, psutil.Process(pid).create_time())
+    return Process(socket.gethostname(), *_machine(), pid, _started(pid))
 
 
 def _machine() -> tuple[str, str]:
@@ -36,13 +36,27 @@ def _machine() -> tuple[str, str]:
     return boot, str(namespace.readlink()) if namespace.exists() else ""
 
 
+def _started(pid: int) -> float:
+    """Return when a process started: on Linux in ticks since the boot, which no change of the clock moves."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return psutil.Process(pid).create_time()
+
+
 def is_gone(row: Any) -> bool:
     """Whether a lease's process ran on this machine and does no longer."""
     if (row.boot_id, row.pid_namespace) != _machine():
         return False
     try:
-        # A process that was killed and not yet waited for by its parent is gone as well.
-        process = psutil.Process(row.pid)
-        return abs(process.create_time() - row.pid_started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        os.kill(row.pid, 0)
+    except ProcessLookupError:
         return True
+    except PermissionError:
+        pass  # it lives, and belongs to another user
+    try:
+        # A process that was killed and not yet waited for by its parent is gone as well.
+        is_zombie = psutil.Process(row.pid).status() == psutil.STATUS_ZOMBIE
+        return is_zombie or abs(_started(row.pid) - row.pid_started) > 1.0
+    except (psutil.Error, OSError):
+        return False  # hidden from us, or gone this very moment: the next look tells

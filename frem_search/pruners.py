@@ -59,7 +59,9 @@ def make_pruner(name: str, settings: dict[str, Any]) -> BasePruner:
     """Return the pruner of a study, from the checked settings of its file."""
     if name == "median":
         return MedianPruner(
-            n_startup_trials=settings["n_startup_trials"], n_warmup_steps=settings["n_warmup_epochs"], n_min_trials=3
+            n_startup_trials=settings["n_startup_trials"],
+            n_warmup_steps=settings["n_warmup_epochs"] + 1,  # Optuna's steps begin with 0, epochs with 1
+            n_min_trials=3,
         )
     if name == "asha":
         return SuccessiveHalving(min_epochs=settings["min_epochs"], factor=settings["factor"])

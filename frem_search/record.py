@@ -9,6 +9,8 @@ from frem_search.errors import StudyNotFoundError
 from frem_search.processes import is_gone
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
     from frem_search.storage import Storage
 
 
@@ -102,41 +104,31 @@ def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> St
     Raises:
         StudyNotFoundError: There is no such study.
     """
+    return storage.retrying(lambda: _read(storage, name, has_curves=has_curves), patience_s=10.0)
+
+
+def _read(storage: "Storage", name: str, *, has_curves: bool) -> StudyRecord:
     import optuna
     import sqlalchemy as sa
 
-    try:
-        study = optuna.load_study(study_name=name, storage=storage.optuna)
-    except KeyError:
-        raise not_found(storage, name) from None
-    attrs = study.user_attrs
-    if "contract" not in attrs:
-        message = f"{name}: a study that another program made; frem-search cannot read it."
-        raise StudyNotFoundError(message)
-    of_study = {"study_id": study._study_id}
-    with storage.engine.connect() as connection:
+    with storage.transaction() as connection:
+        # One moment for trials and leases: else a trial that is claimed in between would look as if nobody held it.
+        connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+        try:
+            study = optuna.load_study(study_name=name, storage=storage.optuna)
+        except KeyError:
+            raise not_found(storage, name) from None
+        attrs = study.user_attrs
+        if "contract" not in attrs:
+            message = f"{name}: a study that another program made; frem-search cannot read it."
+            raise StudyNotFoundError(message)
+        of_study = {"study_id": study._study_id}
         leases = {row.trial_id: row for row in connection.execute(sa.text(LEASES), of_study)}
         curves = (
             {row.trial_id: row.curve for row in connection.execute(sa.text(CURVES), of_study)} if has_curves else {}
         )
-    trials = []
-    for trial in study.get_trials(deepcopy=False):
-        lease = leases.get(trial._trial_id)
-        trials.append(
-            TrialRecord(
-                number=trial.number,
-                state=_state(trial.state.name, is_held=lease is not None and lease.is_held and not is_gone(lease)),
-                value=trial.value,
-                params=dict(trial.params),
-                user_attrs=dict(trial.user_attrs),
-                started=trial.datetime_start,
-                finished=trial.datetime_complete,
-                curve=curves.get(trial._trial_id, {}),
-                epoch=lease.epoch if lease else 0,
-                worker=f"{lease.host}:{lease.pid} {lease.device}" if lease else "",
-                reason=trial.user_attrs.get("reason") or (lease.reason if lease else "") or "",
-            )
-        )
+        stored = study.get_trials(deepcopy=False)
+    trials = (_trial_record(t, leases.get(t._trial_id), curves.get(t._trial_id, {})) for t in stored)
     contract = dict(attrs["contract"])
     return StudyRecord(
         name=name,
@@ -149,6 +141,23 @@ def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> St
         trials=tuple(trials),
         uid=attrs["uid"],
         storage=storage.label,
+    )
+
+
+def _trial_record(trial: "FrozenTrial", lease: Any, curve: Mapping[str, list[Any]]) -> TrialRecord:
+    is_held = lease is not None and lease.is_held and not is_gone(lease)
+    return TrialRecord(
+        number=trial.number,
+        state=_state(trial.state.name, is_held=is_held),
+        value=trial.value,
+        params=dict(trial.params),
+        user_attrs=dict(trial.user_attrs),
+        started=trial.datetime_start,
+        finished=trial.datetime_complete,
+        curve=curve,
+        epoch=lease.epoch if lease else 0,
+        worker=f"{lease.host}:{lease.pid} {lease.device}" if lease else "",
+        reason=trial.user_attrs.get("reason") or (lease.reason if lease else "") or "",
     )
 
 

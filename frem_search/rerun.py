@@ -18,13 +18,17 @@ class Repeat:
     """A trial trained once more.
 
     Args:
+        study: The study's name.
         number: The trial's.
+        score: The metric.
         stored: Its score.
         repeated: The score of the repetition.
         differing: The conditions that are others than the trial's, each as it was and as it is.
     """
 
+    study: str
     number: int
+    score: str
     stored: float
     repeated: float
     differing: Mapping[str, tuple[Any, Any]]
@@ -71,4 +75,32 @@ def rerun(
     # The name of a GPU says how it computes; "cpu" does not, so that there another host is another condition.
     names = [name for name in CONDITIONS if name != "host" or str(now["device"]).startswith("cpu")]
     differing = {name: (then.get(name), now[name]) for name in names if then.get(name) != now[name]}
-    return Repeat(trial.number, trial.value, trained.outcome.score, differing)
+    return Repeat(record.name, trial.number, record.score, trial.value, trained.outcome.score, differing)
+
+
+def repeat_json(repeat: Repeat) -> dict[str, Any]:
+    """Return the object that `rerun --json` prints."""
+    return {
+        "study": repeat.study,
+        "trial": repeat.number,
+        "score": repeat.score,
+        "stored": repeat.stored,
+        "repeated": repeat.repeated,
+        "is_same": repeat.is_same,
+        "conditions": {name: {"then": then, "now": now} for name, (then, now) in repeat.differing.items()},
+    }
+
+
+def repeat_lines(repeat: Repeat) -> list[str]:
+    """Return what `rerun` prints; every digit of a score is shown."""
+    name = f"{repeat.study} trial {repeat.number}: {repeat.score}"
+    conditions = [f"  {name}: {then} then, {now} now" for name, (then, now) in repeat.differing.items()]
+    if repeat.is_same:
+        other = ", under other conditions:" if conditions else "."
+        return [f"{name} {repeat.stored!r}, the same in every bit{other}", *conditions]
+    gap = f"{name} {repeat.stored!r} then, {repeat.repeated!r} now, {abs(repeat.repeated - repeat.stored):.2g} apart"
+    if conditions:
+        return [f"{gap}, under other conditions:", *conditions]
+    return [
+        f"{gap}, although device, precision and versions are the same. Something in the training is not repeatable."
+    ]

@@ -76,14 +76,17 @@ class SobolSampler(BaseSampler):
         from scipy.stats import qmc
 
         sequence = qmc.Sobol(len(search_space), scramble=True, rng=np.random.default_rng(self._seed))
-        point = sequence.fast_forward(self._number).random(1)[0]
+        if self._number:  # scipy 1.17 fails at fast_forward(0)
+            sequence.fast_forward(self._number)
+        point = sequence.random(1)[0]
         return {name: _at(dist, float(u)) for (name, dist), u in zip(search_space.items(), point, strict=True)}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Draw at random what stands outside the sequence, as in a trial enqueued with some parameters only."""
-        return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
+        seed = derive(self._seed, "outside", self._number, param_name) % 2**32
+        return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
 
 def _at(distribution: BaseDistribution, u: float) -> Any:
@@ -91,14 +94,16 @@ def _at(distribution: BaseDistribution, u: float) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(u * len(distribution.choices))]
     assert isinstance(distribution, FloatDistribution | IntDistribution)
+    is_integer = isinstance(distribution, IntDistribution)
     low, high, step = distribution.low, distribution.high, distribution.step
-    if isinstance(distribution, IntDistribution) and not distribution.log:
-        return int(low + distribution.step * int(u * ((high - low) // distribution.step + 1)))
-    if isinstance(distribution, IntDistribution):
-        return min(int(np.exp(np.log(low) + u * (np.log(high + 1) - np.log(low)))), int(high))
     if distribution.log:
-        return float(np.exp(np.log(low) + u * (np.log(high) - np.log(low))))
-    return low + step * int(u * (int((high - low) / step) + 1)) if step else low + u * (high - low)
+        value = float(np.exp(np.log(low) + u * (np.log(high + is_integer) - np.log(low))))
+    elif step:
+        value = low + step * int(u * (round((high - low) / step) + 1))
+    else:
+        value = low + u * (high - low)
+    # exp(log(5)) is below 5, and 3 * 0.1 above 0.3: a value outside would be drawn again, off the sequence.
+    return min(max(int(value) if is_integer else value, low), high)
 
 
 def _tpe(seed: int, number: int, n_startup_trials: int) -> BaseSampler:  # noqa: ARG001 the table's signature

@@ -125,8 +125,9 @@ def _parse_range(table: dict[str, Any], *, where: str) -> Range:
     unknown = sorted(set(table) - set(RANGE_KEYS))
     if unknown or "low" not in table or "high" not in table:
         message = (
-            f"{where}: a range has the keys low and high, and may have log and step, but got {', '.join(table) or '{}'}."
-            f" Write for example {{ low = 1, high = 512 }}; a fixed value that is a table is not supported."
+            f"{where}: a range has the keys low and high, and may have log and step, but got "
+            f"{', '.join(table) or '{}'}. Write for example {{ low = 1, high = 512 }}; a fixed value that "
+            "is a table is not supported."
         )
         raise StudyFileError(message)
     for key in ("low", "high", "step"):
@@ -165,20 +166,21 @@ def _check_steps(low: float, high: float, *, log: bool, step: float | None, wher
     first, last, width = (Decimal(str(number)) for number in (low, high, step))
     if beyond := (last - first) % width:
         message = (
-            f"{where}.step: expected a step that leads from {low} to {high}, but got {step}, which ends at {last - beyond}. "
-            f"Write that as high, or another step."
+            f"{where}.step: expected a step that leads from {low} to {high}, but got {step}, which ends at "
+            f"{last - beyond}. Write that as high, or another step."
         )
         raise StudyFileError(message)
 
 
 def space_from_json(stored: Mapping[str, Any]) -> dict[str, Param]:
     """Return the space that `to_json` wrote."""
-    kinds = {"value": Fixed, "choices": lambda choices: Choice(tuple(choices))}
-    space: dict[str, Param] = {}
-    for name, entry in stored.items():
-        key = next(iter(entry))
-        space[name] = kinds[key](entry[key]) if key in kinds else Range(**entry)  # type: ignore[operator]
-    return space
+
+    def param(entry: Mapping[str, Any]) -> Param:
+        if "value" in entry:
+            return Fixed(entry["value"])
+        return Choice(tuple(entry["choices"])) if "choices" in entry else Range(**entry)
+
+    return {name: param(entry) for name, entry in stored.items()}
 
 
 def space_to_json(space: Space) -> dict[str, Any]:

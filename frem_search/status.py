@@ -58,12 +58,12 @@ def status_lines(record: StudyRecord) -> list[str]:
     """Return what `status` prints."""
     states = status_json(record)["states"]
     finished = states["complete"] + states["pruned"] + states["fail"]
+    counts = ", ".join(f"{n} {state}" for state, n in states.items() if n)
     lines = [
         f"{record.name}: {record.title}",
         f"  dataset   {record.dataset}",
         f"  storage   {record.storage}",
-        f"  trials    {finished} of {record.n_trials} finished: "
-        + ", ".join(f"{n} {state}" for state, n in states.items() if n),
+        f"  trials    {finished} of {record.n_trials} finished" + (f": {counts}" if counts else ""),
     ]
     if record.best is not None:
         lines.append(f"  best      {describe_trial(record.best, record.score)}")
@@ -73,7 +73,8 @@ def status_lines(record: StudyRecord) -> list[str]:
         if trial.state == "running"
     ]
     lines += [
-        f"  {trial.state:8}  trial {trial.number}, epoch {trial.epoch}: {trial.reason or 'its worker is gone'}"
+        f"  {trial.state:8}  trial {trial.number}, epoch {trial.epoch}: "
+        + (one_line(trial.reason) or "its worker is gone")
         for trial in record.trials
         if trial.state in ("waiting", "fail")
     ]
@@ -93,6 +94,11 @@ def describe_trial(trial: TrialRecord, score: str) -> str:
     value = "none" if trial.value is None else f"{trial.value:.4f}"
     params = ", ".join(f"{name} = {format_value(value)}" for name, value in trial.params.items())
     return f"trial {trial.number}: {score} {value}" + (f" with {params}" if params else "")
+
+
+def one_line(reason: str) -> str:
+    """Return a reason without line breaks, which PyTorch's errors are full of."""
+    return " ".join(reason.split())
 
 
 def format_value(value: object) -> str:

@@ -73,6 +73,8 @@ def normalise_url(text: str) -> sa.URL:
     """
     try:
         url = sa.make_url(text)
+        if text.count("@") > 1:
+            raise ValueError  # a password with an @ in it, of which a part would be taken for a host and printed
     except (exc.ArgumentError, ValueError):
         # The text may hold a password that was not percent-encoded: it is not repeated here.
         message = (
@@ -87,6 +89,9 @@ def normalise_url(text: str) -> sa.URL:
             "Searches need PostgreSQL; leave --storage out to use the embedded one."
         )
         raise StorageError(message)
+    if "password" in url.query:  # SQLAlchemy hides a password only where it stands before the host
+        given = url.query["password"]
+        url = url.difference_update_query(["password"]).set(password=given if isinstance(given, str) else given[-1])
     return url.set(drivername=DRIVER)
 
 
@@ -146,6 +151,10 @@ class Storage:
         except optuna.exceptions.StorageInternalError as error:
             self.engine.dispose()
             raise StorageError(self._explain(error.__cause__ or error)) from None
+        except RuntimeError as error:  # Optuna's word for tables of another version
+            self.engine.dispose()
+            message = f"storage {self.label}: {error} Use the version of Optuna that made it, or another database."
+            raise StorageError(message) from None
 
     def close(self) -> None:
         """Close every connection."""
@@ -210,7 +219,7 @@ class Storage:
                 "keepalives_interval": 10,
                 "keepalives_count": 5,
             }
-            | self._connect_args
+            | dict(self._connect_args)
         )
         connection.autocommit = True
         with connection.cursor() as cursor:
@@ -233,6 +242,7 @@ class Storage:
                 connection.execute(sa.text(TABLES))
                 connection.commit()
             finally:
+                connection.rollback()  # after an error nothing else is taken, and the error is the one to tell
                 connection.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": TABLES_LOCK})
                 connection.commit()
 
@@ -250,8 +260,8 @@ class Storage:
 
     def _explain(self, error: BaseException) -> str:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-        first = reason[0] if reason else type(error).__name__
+        first = reason[0].rstrip(".") if reason else type(error).__name__
         return (
-            f"storage {self.label}: the database cannot be reached or refuses: {first} "
+            f"storage {self.label}: the database cannot be reached or refuses: {first}. "
             "Check that it runs, the URL, the role and its password, or leave --storage out to use the embedded one."
         )

@@ -109,6 +109,7 @@ def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str,
             )
             stored = study.user_attrs
             if "contract" not in stored:
+                _refuse_foreign(study)
                 fresh = {
                     "contract": dict(contract),
                     "title": study_file.title,
@@ -126,6 +127,15 @@ def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str,
     study, stored = storage.retrying(create_or_join)
     _compare(study_file.name, stored["contract"], contract)
     return OpenStudy(study_file, storage, study, stored["contract"], stored["uid"])
+
+
+def _refuse_foreign(study: "optuna.Study") -> None:
+    if study.direction.name != "MAXIMIZE" or study.get_trials(deepcopy=False):
+        message = (
+            f"{study.study_name}: the storage holds a study of this name that another program made. "
+            "Rename the study file, or choose another database with --storage."
+        )
+        raise ContractError(message)
 
 
 def stored_contract(storage: "Storage", name: str) -> dict[str, Any] | None:

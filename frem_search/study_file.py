@@ -114,7 +114,7 @@ def load_study_file(
     try:
         text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text)
-    # ValueError: TOML and UTF-8 errors, and an integer of more digits than Python reads; RecursionError: nested too deep.
+    # ValueError: TOML, UTF-8, or an integer of more digits than Python reads; RecursionError: nested too deep.
     except (ValueError, RecursionError) as error:
         message = f"{path}: not a TOML file: {error}. See docs/studies.md for its form."
         raise StudyFileError(message) from None

@@ -120,26 +120,29 @@ class Worker:
                 self._sleep(BUSY_POLL_S)
                 continue
             assert isinstance(held, Held)
-            params = resolve(self._space, held.trial.params)
-            yield TrialEvent("adopted" if held.is_adopted else "claimed", held.number, params=params)
-            yield from self._train(held, params)
+            try:
+                yield from self._train(held)
+            except LeaseLostError as error:
+                yield TrialEvent("lost", held.number, reason=str(error))
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._is_stopping():
             time.sleep(0.1)
 
-    def _train(self, held: Held, params: Mapping[str, Any]) -> Iterator[TrialEvent]:
+    def _train(self, held: Held) -> Iterator[TrialEvent]:
         """Train one trial to whatever end it comes to."""
         try:
+            params = resolve(self._space, held.trial.params)
+            yield TrialEvent("adopted" if held.is_adopted else "claimed", held.number, params=params)
             self._objective.admit(held.number, params)
             try:
                 yield from self._run(held)
             finally:
                 self._objective.release(held.number)
             self._errors_in_a_row = 0
-        except LeaseLostError as error:
-            yield TrialEvent("lost", held.number, reason=str(error))
+        except LeaseLostError:
+            raise
         except (KeyboardInterrupt, GeneratorExit):
             self._leases.release(held, reason="stopped")
             raise
@@ -200,7 +203,8 @@ class Worker:
         self._leases.report(held, outcome.score, step=self._n_epochs)
         self._tell(held, TrialState.COMPLETE, {"result": outcome.result}, value=outcome.score)
         # A few more than the one that fell out of the best, in case another worker finished at the same time.
-        for number in self._leases.ranking()[KEPT_WEIGHTS : 2 * KEPT_WEIGHTS]:
+        ranking = self._leases.ranking()
+        for number in {held.number, *ranking[: 2 * KEPT_WEIGHTS]}.difference(ranking[:KEPT_WEIGHTS]):
             self._objective.discard(number, weights=True)
         return TrialEvent("complete", held.number, value=outcome.score)
 

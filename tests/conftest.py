@@ -91,11 +91,15 @@ class Server:
     def url(self, database):
         return f"postgresql://postgres@/{database}?host={self.folder}"
 
-    def execute(self, *statements, database="postgres"):
+    def connect(self, database):
         import psycopg2
 
         connection = psycopg2.connect(host=str(self.folder), user="postgres", dbname=database)
         connection.autocommit = True
+        return connection
+
+    def execute(self, *statements, database="postgres"):
+        connection = self.connect(database)
         try:
             with connection.cursor() as cursor:
                 for statement in statements:

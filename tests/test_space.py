@@ -103,7 +103,7 @@ def test_a_value_is_fixed_a_list_is_a_choice_a_table_is_a_range(value, expected)
     ],
 )
 def test_a_wrong_parameter_is_told_by_place_expected_and_got(value, says):
-    with pytest.raises(StudyFileError, match="^s.toml: params[.]p") as raised:
+    with pytest.raises(StudyFileError, match=r"^s\.toml: params\.p") as raised:
         parse(value)
     assert says in str(raised.value)
 

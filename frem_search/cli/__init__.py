@@ -6,7 +6,7 @@ import sys
 import typer
 
 from frem_search import __version__
-from frem_search.cli import data, search, service, studies
+from frem_search.cli import data, model, search, service, studies
 from frem_search.errors import FremSearchError
 from frem_search.stop import interrupt_on_sigterm
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 search.add_to(app)
+model.add_to(app)
 studies.add_to(app)
 data.add_to(app)
 service.add_to(app)
@@ -44,6 +45,7 @@ def main() -> None:
     interrupt_on_sigterm()
     try:
         status = app(prog_name="frem-search", standalone_mode=False)
+        sys.stdout.flush()  # here, and not when Python exits, where a reader that has gone could not be caught
     except FremSearchError as error:
         sys.exit(_explain(f"frem-search: {error}", error.exit_status))
     except typer.Abort:

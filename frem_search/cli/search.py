@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +20,9 @@ from frem_search.cli.options import (
     record_of,
     storage_of,
 )
+
+if TYPE_CHECKING:
+    from frem_search.record import StudyRecord
 
 TrialsOption = Annotated[
     int | None,
@@ -123,7 +127,7 @@ def trials(
     from frem_search.errors import UsageError
     from frem_search.status import trials_json
 
-    printers = {
+    printers: dict[str, "Callable[[StudyRecord], str]"] = {
         "table": trials_table,
         "csv": trials_csv,
         "json": lambda record: json.dumps(trials_json(record), indent=2) + "\n",

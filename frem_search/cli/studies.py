@@ -81,7 +81,7 @@ def _file_row(path: str) -> dict[str, Any]:
 
 
 def _stored_rows(storage: str | None) -> list[dict[str, Any]]:
-    from frem_search.stored import list_stored
+    from frem_search.stored_studies import list_stored
 
     with storage_of(storage) as opened:
         return [
@@ -190,7 +190,7 @@ def check(
 
     \b
     $ frem-search study check mouse_frem
-    mouse_frem: 100 trials of 100 epochs; quick: 8 trials of 6 epochs
+    mouse_frem: 50 trials of 2000 epochs; quick: 30 trials of 16 epochs
     """
     from frem_search.study_file import list_study_files
 
@@ -293,7 +293,7 @@ def delete(
     """
     from frem_search.artifacts import artifacts_url
     from frem_search.record import read_record
-    from frem_search.stored import delete_stored
+    from frem_search.stored_studies import delete_stored
 
     with storage_of(storage) as opened:
         record = read_record(opened, study, has_curves=False)

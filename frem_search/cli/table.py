@@ -4,7 +4,7 @@ import csv
 import io
 
 from frem_search.record import StudyRecord, TrialRecord
-from frem_search.status import format_value
+from frem_search.status import format_value, one_line
 
 
 def trials_table(record: StudyRecord) -> str:
@@ -15,7 +15,7 @@ def trials_table(record: StudyRecord) -> str:
         cells = [str(trial.number), trial.state, _score(trial.value), _score(_test_score(trial, record.score))]
         cells += [format_value(trial.params.get(name, "")) for name in names]
         seconds = trial.user_attrs.get("provenance", {}).get("seconds")
-        cells += [str(trial.epoch), "" if seconds is None else f"{seconds:.1f}", trial.reason]
+        cells += [str(trial.epoch), "" if seconds is None else f"{seconds:.1f}", one_line(trial.reason)]
         rows.append(cells)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

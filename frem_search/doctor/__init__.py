@@ -41,19 +41,29 @@ def examine(
     yield examiner.look("pictures", machine.pictures)
     for name in examiner.names(images.dataset_names):
         yield examiner.look("dataset", partial(images.dataset, name))
-    with ExitStack() as stack:
-        opened: list[Storage] = []
+    opened: list[Storage] = []
+    stack = ExitStack()
 
-        def open_database() -> Finding:
-            opened.append(stack.enter_context(open_storage()))
-            return Finding("database", "ok", opened[0].label)
+    def open_database() -> Finding:
+        opened.append(stack.enter_context(open_storage()))
+        return Finding("database", "ok", opened[0].label)
 
+    try:
         yield examiner.look("database", open_database)
         for storage in opened:
             for check, function in database.CHECKS.items():
                 yield examiner.look(check, partial(database.connected, storage, function))
         if load_study is not None:
-            yield examiner.look("study", lambda: images.study(load_study, opened[0] if opened else None))
+            yield examiner.look("study", partial(images.study, load_study, opened[0] if opened else None))
+    finally:
+        closed = examiner.look("database", partial(_close, stack))
+    if closed.state == "FAIL":
+        yield closed
+
+
+def _close(stack: ExitStack) -> Finding:
+    stack.close()
+    return Finding("database", "ok", "closed")
 
 
 def secrets_of(url: str | None) -> tuple[str, ...]:

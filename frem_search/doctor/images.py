@@ -33,6 +33,7 @@ def study(load_study: "Callable[[], StudyFile | str]", storage: "Storage | None"
     """Whether the study can run here: file, images, and the images it was begun with."""
     from frem_search.data.prepare import check as check_dataset
     from frem_search.study import stored_contract
+    from frem_search.study_file import find_study_file
 
     asked = load_study()
     name = asked if isinstance(asked, str) else asked.name
@@ -40,7 +41,7 @@ def study(load_study: "Callable[[], StudyFile | str]", storage: "Storage | None"
     if isinstance(asked, str):
         dataset_name = "" if stored is None else str(stored["dataset"])
         if not dataset_name:
-            return Finding("study", "FAIL", f"{name}: neither a study file nor a stored study.", "See `study list`.")
+            find_study_file(name)  # raises, with the nearest names
     else:
         from frem_search.objective import check
 

@@ -1,7 +1,7 @@
 """A member as bytes, and back: what a trial needs to go on where it was, on any worker."""
 
+import hashlib
 import io
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from frem_search.training.member import Member
 
 FORMAT = 1
+DIGEST_BYTES = 32
 STATE = ("epoch", "best_score", "best_epoch", "best_per_class", "best_weights", "curve")
 
 
@@ -30,7 +31,9 @@ def dump_checkpoint(member: Member, *, identity: Mapping[str, Any]) -> bytes:
         "optimizer": member.optimizer.state_dict(),
     } | {name: getattr(member, name) for name in STATE}
     torch.save(content, buffer)
-    return buffer.getvalue()
+    # torch.load would take a flipped bit for a weight: PyTorch's zip reader does not look at the checksums.
+    packed = buffer.getvalue()
+    return packed + hashlib.sha256(packed).digest()
 
 
 def load_checkpoint(member: Member, content: bytes, *, identity: Mapping[str, Any]) -> bool:
@@ -39,19 +42,18 @@ def load_checkpoint(member: Member, content: bytes, *, identity: Mapping[str, An
     Returns:
         Whether it could be used; a torn, foreign or older one leaves the member as it was.
     """
-    try:
-        device = next(member.network.parameters()).device
-        stored = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        if stored["format"] != FORMAT or stored["identity"] != dict(identity):
-            return False
-        fresh = member.network.state_dict()
-        if {n: v.shape for n, v in stored["network"].items()} != {n: v.shape for n, v in fresh.items()}:
-            return False
-        state = {name: stored[name] for name in STATE}
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError):
+    packed, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if digest != hashlib.sha256(packed).digest():
+        return False
+    device = next(member.network.parameters()).device
+    stored = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+    if stored["format"] != FORMAT or stored["identity"] != dict(identity):
+        return False
+    fresh = member.network.state_dict()
+    if {n: v.shape for n, v in stored["network"].items()} != {n: v.shape for n, v in fresh.items()}:
         return False
     member.network.load_state_dict(stored["network"])
     member.optimizer.load_state_dict(stored["optimizer"])
-    for name, value in state.items():
-        setattr(member, name, value)
+    for name in STATE:
+        setattr(member, name, stored[name])
     return True

@@ -134,5 +134,5 @@ def _note(
         curve[column].append(None if magnitude is None else _finite(magnitude))
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: int | float) -> int | float | None:  # an epoch is an int, and beartype knows no int among floats
     return value if math.isfinite(value) else None

@@ -43,7 +43,7 @@ class Member:
     curve: dict[str, list[Any]] = field(default_factory=lambda: {column: [] for column in CURVE_COLUMNS})
 
     def __post_init__(self) -> None:
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.learning_rate, fused=True)
 
     @property

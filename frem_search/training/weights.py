@@ -57,7 +57,7 @@ class Weights:
         """Return the network, ready to predict, in the memory format in which it was trained."""
         network = self._untrained("cpu")
         network.load_state_dict(dict(self.state))
-        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] torch leaves it out
+        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network.eval()
 
     def fits(self) -> bool:

@@ -1,0 +1,255 @@
+"""Commands for one network: train, evaluate, predict, rerun."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from frem_search.cli.options import (
+    ArtifactsOption,
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    QuickOption,
+    StorageOption,
+    StudyOption,
+    record_of,
+)
+from frem_search.errors import StudyFileError, UsageError
+
+if TYPE_CHECKING:
+    from frem_search.record import StudyRecord
+    from frem_search.training.weights import Weights
+
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="A weights file that `frem-search train` wrote.", show_default=False)
+]
+AnyStudyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--study",
+        "-s",
+        envvar="FREM_SEARCH_STUDY",
+        help="A stored study, of which --trial is used.",
+        show_default=False,
+    ),
+]
+TrialOption = Annotated[str, typer.Option("--trial", help="Number of a trial, or best.")]
+EpochsOption = Annotated[
+    int | None,
+    typer.Option(min=1, envvar="FREM_SEARCH_N_EPOCHS", help="Other epochs than the study's.", show_default=False),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands, in the order in which help shows them."""
+    for command in (train, evaluate, predict, rerun):
+        app.command()(command)
+
+
+def train(
+    study: StudyOption,
+    out: Annotated[Path, typer.Option("--out", help="The weights file to write.", show_default=False)],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A parameter's value; may be given often.", show_default=False
+        ),
+    ] = None,
+    trial: Annotated[
+        str | None,
+        typer.Option("--trial", help="Take the parameters of this trial, or of the best.", show_default=False),
+    ] = None,
+    quick: QuickOption = False,
+    dataset: DatasetOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "auto",
+    n_epochs: EpochsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one configuration without a search, and write its weights to a file.
+
+    Only --trial needs the database. Interrupted, it leaves no file; a search would go on where it was.
+
+    \b
+    $ frem-search train --study mouse_frem --quick --set B=8 --set X=250 --out weights.pt
+    """
+    from dataclasses import replace
+
+    from frem_search.cli.training import epoch_progress, scores_table
+    from frem_search.data.dataset import load_dataset
+    from frem_search.model import check_target, parse_settings, save_weights, settle
+    from frem_search.model import train as train_model
+    from frem_search.objective import first_image_size
+    from frem_search.space import resolve
+    from frem_search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
+    from frem_search.study_file import load_study_file
+
+    params = parse_settings(settings or [])
+    check_target(out)
+    if trial is None:
+        settled = settle(load_study_file(study, quick=quick, dataset=dataset, n_epochs=n_epochs), params)
+        images = load_dataset(settled.dataset, image_size=first_image_size(settled))
+    else:
+        with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
+            stored = find_trial(record, trial)
+        begun = stored_study_file(record, dataset=_dataset_of(study, record, quick=quick, dataset=dataset))
+        begun = replace(begun, n_epochs=n_epochs or begun.n_epochs)
+        settled = settle(begun, trial_params(record, stored) | params)
+        images = matching_dataset(record, settled)
+    with epoch_progress(settled.name, n_epochs=settled.n_epochs, score=settled.score) as on_epoch:
+        trained = train_model(settled, images, device=device, on_epoch=on_epoch)
+    save_weights(trained.weights, out)
+    result = trained.outcome.result
+    if as_json:
+        answer = {"study": settled.name, "weights": str(out), "params": resolve(settled.space, {}), "result": result}
+        typer.echo(json.dumps(answer | {"provenance": trained.provenance}, indent=2))
+        return
+    typer.echo(f"{out}: {settled.name}, epoch {result['best_epoch']} of {settled.n_epochs}, the best on val")
+    typer.echo(
+        scores_table(settled.score, {part: result[part] for part in ("val", "test") if part in result}), nl=False
+    )
+
+
+def evaluate(
+    weights: WeightsOption = None,
+    study: AnyStudyOption = None,
+    trial: TrialOption = "best",
+    part: Annotated[str, typer.Option("--part", help="test, val or train.")] = "test",
+    fold: Annotated[
+        int | None, typer.Option("--fold", help="Another fold than the one trained on.", show_default=False)
+    ] = None,
+    quick: QuickOption = False,
+    dataset: DatasetOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score the images of a dataset with kept weights, class by class.
+
+    With --weights, --dataset is any dataset of the same channels and classes; with --study it is, as everywhere, the
+    one that the study was started with.
+
+    \b
+    $ frem-search evaluate --weights weights.pt --part val
+    """
+    from dataclasses import asdict
+
+    from frem_search.cli.training import scores_table
+    from frem_search.evaluation import evaluate as evaluate_weights
+
+    kept, images = _kept(weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts)
+    scored = evaluate_weights(kept, dataset=images, part=part, fold=fold, device=device)
+    if as_json:
+        typer.echo(json.dumps({"study": kept.study, "trial": kept.trial} | asdict(scored), indent=2))
+        return
+    typer.echo(f"{_named(kept)}: {scored.n_images} {part} images of {scored.dataset}, fold {scored.fold}")
+    values = {scored.score: scored.value, "per_class": scored.per_class}
+    typer.echo(scores_table(scored.score, {part: values}), nl=False)
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG or TIFF files.", show_default=False)],
+    out: OutOption,
+    weights: WeightsOption = None,
+    study: AnyStudyOption = None,
+    trial: TrialOption = "best",
+    quick: QuickOption = False,
+    dataset: DatasetOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict the classes of new images: a picture of class numbers for each, and an overlay to look at.
+
+    An image may have any size; where the training resized images, it should show a field as large as theirs.
+
+    \b
+    $ frem-search predict --weights weights.pt cells.tif --out predictions
+    """
+    from frem_search.prediction import predict_files
+
+    kept, _ = _kept(weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts)
+    for path in predict_files(kept, images, out=out, device=device):
+        typer.echo(path)
+
+
+def rerun(
+    study: StudyOption,
+    trial: TrialOption,
+    quick: QuickOption = False,
+    dataset: DatasetOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a trial once more from nothing, and say whether its score is the same.
+
+    The same means every bit, on the same device with the same versions. On others the difference is told; only a
+    difference on the same ones is a failure, with exit status 1.
+
+    \b
+    $ frem-search rerun --study mouse_frem --quick --trial 3
+    """
+    from frem_search.cli.training import epoch_progress
+    from frem_search.rerun import repeat_json, repeat_lines
+    from frem_search.rerun import rerun as rerun_trial
+    from frem_search.stored_trial import find_trial
+
+    with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
+        stored = find_trial(record, trial)
+    images = _dataset_of(study, record, quick=quick, dataset=dataset)
+    title, n_epochs = f"{record.name} trial {stored.number}", record.contract["n_epochs"]
+    with epoch_progress(title, n_epochs=n_epochs, score=record.score) as on_epoch:
+        repeat = rerun_trial(record, stored, dataset=images, device=device, on_epoch=on_epoch)
+    typer.echo(json.dumps(repeat_json(repeat), indent=2) if as_json else "\n".join(repeat_lines(repeat)))
+    if repeat.is_fault:
+        raise typer.Exit(1)
+
+
+def _kept(
+    weights: Path | None,
+    study: str | None,
+    trial: str,
+    *,
+    quick: bool,
+    dataset: str | None,
+    storage: str | None,
+    artifacts: str | None,
+) -> "tuple[Weights, str | None]":
+    """Return the weights that were asked for, and the dataset to score; None is the one that they were trained on."""
+    from frem_search.stored_trial import find_trial, stored_weights
+    from frem_search.training.weights import read_weights
+
+    is_asked = study is not None and study != os.environ.get("FREM_SEARCH_STUDY")
+    if weights is not None and is_asked:
+        message = f"--weights {weights}: expected either --weights or --study, but got both. Leave one out."
+        raise UsageError(message)
+    if weights is not None:
+        return read_weights(weights), dataset
+    if study is None:
+        message = "expected --weights FILE, or --study with --trial, but got neither. Give the one that you have."
+        raise UsageError(message)
+    with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
+        stored = find_trial(record, trial)
+    images = _dataset_of(study, record, quick=quick, dataset=dataset)
+    return stored_weights(record, stored, artifacts=artifacts), images
+
+
+def _dataset_of(study: str, record: "StudyRecord", *, quick: bool, dataset: str | None) -> str:
+    """Return where a stored study's images lie: as its file says, or by their name alone if it has no file here."""
+    from frem_search.study_file import find_study_file, load_study_file
+
+    try:
+        find_study_file(study)
+    except StudyFileError:
+        return record.dataset
+    return load_study_file(study, quick=quick, dataset=dataset).dataset
+
+
+def _named(weights: "Weights") -> str:
+    return weights.study if weights.trial is None else f"{weights.study} trial {weights.trial}"

@@ -1,0 +1,412 @@
+"""The objective: what it refuses before the first trial, and what a trial leaves behind."""
+
+import errno
+import json
+import os
+import platform
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from frem_search import __version__, objective
+from frem_search.artifacts import Artifacts
+from frem_search.data.dataset import load_dataset
+from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
+from frem_search.metrics.iou import mean_iou_score
+from frem_search.networks import build_network
+from frem_search.objective import Objective, check, first_image_size, split_params
+from frem_search.space import parse_space
+from frem_search.study_file import load_study_file
+from frem_search.training.weights import load_weights
+
+CPU = torch.device("cpu")
+PARAMS = {"image_size": 32, "base_channels": 4, "depth": 2, "batch_size": 4, "B": 3, "X": 20.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def study_file(tiny_study):
+    return load_study_file(str(tiny_study))
+
+
+@pytest.fixture
+def with_params(study_file):
+    """The tiny study with other parameters; None removes one."""
+
+    def with_params(**changes):
+        names = {"weight": "lambda"}
+        space = dict(study_file.space)
+        for name, value in changes.items():
+            space.pop(names.get(name, name), None)
+            if value is not None:
+                space |= parse_space({names.get(name, name): value}, where="s")
+        return replace(study_file, space=space)
+
+    return with_params
+
+
+@pytest.fixture
+def make_objective(tmp_path, study_file):
+    def make(file=study_file, *, uid="u", artifacts=tmp_path / "artifacts", n_test=None):
+        dataset = load_dataset(file.dataset, image_size=first_image_size(file))
+        if n_test is not None:
+            split = dataset.splits[0]
+            dataset = replace(dataset, splits=(replace(split, test=split.test[:n_test]),))
+        store = Artifacts(str(artifacts), "study")
+        return Objective(file, dataset, device=CPU, precision="fp32", artifacts=store, study_uid=uid)
+
+    return make
+
+
+def train(trained, number=0, params=PARAMS, *, until=None):
+    trained.admit(number, params)
+    for report in trained.epochs():
+        if report.epoch == until:
+            return
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"B": {"low": 0, "high": 17}}, "params.B: expected 0 to 16, the bottleneck's maps, but got 17."),
+        ({"B": 17}, "params.B: expected 0 to 16, the bottleneck's maps, but got 17."),
+        ({"B": [0, 16, 17]}, "params.B: expected 0 to 16, the bottleneck's maps, but got 17."),
+        ({"base_channels": [8, 4], "B": 32}, "params.B: expected 0 to 16, the bottleneck's maps, but got 32."),
+        ({"B": -1}, "params.B: expected 0 to 16, the bottleneck's maps, but got -1."),
+        ({"B": {"low": 0.0, "high": 16.0}}, "params.B: expected a value of type int, but got 0.0."),
+        ({"B": True}, "params.B: expected a value of type int, but got True."),
+        ({"X": {"low": 0, "high": 10}}, "params.X: expected a finite factor above 0, but got 0.0."),
+        ({"X": 1e39}, "params.X: expected a finite factor above 0, but got 1e+39."),
+        ({"X": "big"}, "params.X: expected a value of type float, but got 'big'."),
+        ({"depth": 0}, "params.depth: expected at least 1, but got 0."),
+        ({"depth": [2, 60]}, "params: expected sizes that a tensor can have, but got"),
+        ({"base_channels": 2**62}, "params: expected sizes that a tensor can have, but got"),
+        ({"normalization": "none"}, "params.normalization: expected 'batch_norm' or 'batch_renorm', but got 'none'."),
+        ({"supervision": 1}, "params.supervision: expected a value of type bool, but got 1."),
+        ({"weight": 0.3}, "params.lambda: expected a network with an auxiliary output (supervision = true), but"),
+        ({"weight": 1.1, "supervision": True}, "params.lambda: expected a weight from 0 to 1, but got 1.1."),
+        ({"weight": {"low": 0.0, "high": 2.0}, "supervision": True}, "params.lambda: expected a weight from 0 to 1"),
+        ({"weight": "a", "supervision": True}, "params.lambda: expected a weight from 0 to 1, but got 'a'."),
+        ({"weight": True, "supervision": True}, "params.lambda: expected a weight from 0 to 1, but got True."),
+        ({"learning_rate": 0}, "params.learning_rate: expected a finite number above 0, but got 0."),
+        ({"learning_rate": -1e-3}, "params.learning_rate: expected a finite number above 0, but got -0.001."),
+        ({"learning_rate": "1e-3"}, "params.learning_rate: expected a finite number above 0, but got '1e-3'."),
+        ({"learning_rate": True}, "params.learning_rate: expected a finite number above 0, but got True."),
+        ({"learning_rate": {"low": 0.0, "high": 1.0}}, "params.learning_rate: expected a finite number above 0, but"),
+        ({"batch_size": 0}, "params.batch_size: expected an integer of at least 1, but got 0."),
+        ({"batch_size": 4.0}, "params.batch_size: expected an integer of at least 1, but got 4.0."),
+        ({"batch_size": [4, "8"]}, "params.batch_size: expected an integer of at least 1, but got '8'."),
+        ({"image_size": 0}, "params.image_size: expected pixels, or [rows, columns], but got 0."),
+        ({"image_size": 32.0}, "params.image_size: expected pixels, or [rows, columns], but got 32.0."),
+        ({"image_size": "32"}, "params.image_size: expected pixels, or [rows, columns], but got '32'."),
+        ({"image_size": {"value": [32]}}, "params.image_size: expected pixels, or [rows, columns], but got (32,)."),
+        (
+            {"image_size": [[32, 32], [32, 0]]},
+            "params.image_size: expected pixels, or [rows, columns], but got (32, 0)",
+        ),
+        ({"augmentation": "no"}, "params.augmentation: expected true or false, but got 'no'."),
+        ({"learning_rat": 1e-3}, "params.learning_rat: expected one of the parameters of unet, its loss and training:"),
+    ],
+)
+def test_a_wrong_parameter_is_told_before_anything_is_trained(with_params, changes, says):
+    file = with_params(**changes)
+    with pytest.raises(StudyFileError) as raised:
+        check(file)
+    assert str(raised.value).startswith(f"{file.path}: {says}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"B": 0, "X": 1},
+        {"image_size": None},
+        {"image_size": {"value": [32, 48]}},
+        {"image_size": [[32, 48], [16, 16]]},
+        {"image_size": [16, 32]},
+        {"supervision": True, "weight": {"low": 0.0, "high": 1.0}},
+        {"supervision": True},
+        {"supervision": [True, False]},
+        {"learning_rate": 1, "augmentation": False},
+        {"normalization": ["batch_norm", "batch_renorm"], "squeeze_excite": [True, False]},
+    ],
+)
+def test_what_can_be_trained_passes(with_params, changes):
+    check(with_params(**changes))
+
+
+def test_the_edges_of_every_parameter_are_checked_however_many_there_are(with_params):
+    many = {name: [0.5, 0.25, 0.125, 0.0625] for name in ("learning_rate", "X")}
+    many |= {"batch_size": [1, 2, 3, 4], "se_reduction": [1, 2, 3, 4], "image_size": [8, 16, 24, 32]}
+    with pytest.raises(StudyFileError, match=r"params\.B: expected 0 to 16"):
+        check(with_params(**many, B={"low": 0, "high": 17}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("network", "unte", "network: Unknown network 'unte'. Did you mean 'unet'? Known: unet"),
+        ("network", "xyz", "network: Unknown network 'xyz'. Known: unet"),
+        ("loss", "dice", "loss: expected one of softmax_cross_entropy, but got 'dice'."),
+        ("score", "miou", "score: expected one of mean_iou, but got 'miou'."),
+    ],
+)
+def test_an_unknown_name_is_told_with_what_is_known(study_file, key, value, says):
+    file = replace(study_file, **{key: value})
+    with pytest.raises(StudyFileError) as raised:
+        check(file)
+    assert str(raised.value).startswith(f"{file.path}: {says}")
+
+
+def test_checking_takes_no_memory_for_weights(with_params, monkeypatch):
+    devices = []
+    build = objective.build_network
+
+    def watched(*args, **kwargs):
+        devices.append(kwargs.get("device"))
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(objective, "build_network", watched)
+    check(with_params(base_channels=1024))
+    assert set(devices) == {"meta"}
+
+
+def test_parameters_go_to_whom_they_concern(study_file):
+    split = split_params(study_file, PARAMS | {"image_size": [32, 48], "lambda": 0.7, "supervision": True})
+    assert split.network == {"base_channels": 4, "depth": 2, "B": 3, "X": 20.0, "supervision": True}
+    assert split.coefficients == {"lambda": 0.7}
+    assert split.training == objective.TrainingParams(batch_size=4, image_size=(32, 48))
+
+
+def test_what_a_study_leaves_out_has_its_usual_value(study_file):
+    split = split_params(study_file, {})
+    assert (split.network, split.coefficients) == ({}, {"lambda": 0.3})
+    assert split.training == objective.TrainingParams()
+
+
+def test_an_unknown_parameter_is_told_with_all_that_are_known(study_file):
+    with pytest.raises(ParameterError, match=r"^lr: expected one of .*B, X, .*lambda, learning_rate"):
+        split_params(study_file, {"lr": 1})
+
+
+def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_path):
+    trained = make_objective()
+    train(trained, 7)
+    member = trained.member(7)
+    outcome = trained.finish(7)
+    folder = tmp_path / "artifacts" / "study" / "7"
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.npz", "weights.pt"]
+    assert outcome.score == member.best_score == outcome.result["val"]["mean_iou"]
+    assert set(outcome.result) == {"best_epoch", "val", "test"}
+    assert list(outcome.result["test"]["per_class"]) == ["ground", "disc", "square"]
+    assert json.loads(json.dumps(outcome.result, allow_nan=False)) == outcome.result
+    with np.load(folder / "predictions.npz", allow_pickle=False) as stored:
+        assert stored["cases"].tolist() == ["case10", "case11"]
+        assert (stored["pred"].shape, stored["pred"].dtype) == ((2, 32, 32), np.uint8)
+
+
+def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, study_file, tmp_path, monkeypatch):
+    predicted = []
+    predict = objective.predict
+
+    def watched(network, images, **kwargs):
+        predicted.append(len(images))
+        return predict(network, images, **kwargs)
+
+    monkeypatch.setattr(objective, "predict", watched)
+    trained = make_objective()
+    train(trained)
+    member = trained.member(0)
+    best = {name: value.clone() for name, value in member.best_weights.items()}
+    with torch.no_grad():
+        member.network.head.weight.zero_()  # the last epoch's weights are not to be looked at
+    outcome = trained.finish(0)
+    assert predicted == [2]
+
+    dataset = load_dataset(study_file.dataset, image_size=32)
+    content = torch.load(tmp_path / "artifacts/study/0/weights.pt", weights_only=True)
+    network = build_network("unet", in_channels=1, n_classes=3, seed=9, params=content["network_params"])
+    network.load_state_dict(content["state"])
+    network.eval()
+    for part, scored in (("val", outcome.result["val"]), ("test", outcome.result["test"])):
+        indices = dataset.indices(part, fold=0)
+        images, labels = torch.from_numpy(dataset.images[indices]), torch.from_numpy(dataset.labels[indices])
+        with torch.inference_mode():
+            pred = network(images.contiguous(memory_format=torch.channels_last)).logits.argmax(dim=1)
+        score = mean_iou_score(pred, labels, n_classes=3)
+        assert scored["mean_iou"] == score.value.item()
+        expected = dict(zip(dataset.class_names, score.per_class.tolist(), strict=True))
+        assert scored["per_class"] == {name: None if iou != iou else iou for name, iou in expected.items()}
+    with np.load(tmp_path / "artifacts/study/0/predictions.npz") as stored:
+        np.testing.assert_array_equal(stored["pred"], pred.numpy())
+    assert all(torch.equal(content["state"][name], value) for name, value in best.items())
+
+
+def test_the_weights_file_says_where_it_comes_from(make_objective, study_file, tmp_path):
+    trained = make_objective()
+    train(trained, 4)
+    trained.finish(4)
+    path = tmp_path / "artifacts/study/4/weights.pt"
+    kept = load_weights(path.read_bytes(), where=str(path))
+    assert (kept.network, kept.study, kept.trial, kept.params) == ("unet", "tiny", 4, PARAMS)
+    assert (kept.class_names, kept.in_channels, kept.image_size) == (("ground", "disc", "square"), 1, 32)
+    assert (kept.dataset, kept.fold, kept.score, kept.precision) == ("tiny", 0, "mean_iou", "fp32")
+
+
+def test_without_test_images_there_are_no_predictions(make_objective, tmp_path):
+    trained = make_objective(n_test=0)
+    train(trained)
+    assert set(trained.finish(0).result) == {"best_epoch", "val"}
+    assert not (tmp_path / "artifacts/study/0/predictions.npz").exists()
+
+
+def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
+    straight = make_objective(uid="straight", artifacts="memory://straight")
+    train(straight)
+    first = make_objective()
+    train(first, until=2)
+    first.save_checkpoint(0)
+    second = make_objective()
+    train(second)
+    assert second.member(0).curve["epoch"] == [1, 2, 3]
+    assert second.member(0).curve["score"] == straight.member(0).curve["score"]
+    assert second.finish(0) == straight.finish(0)
+
+
+@pytest.mark.parametrize("spoil", ["torn", "of another study", "of other parameters"])
+def test_a_checkpoint_that_cannot_be_used_is_set_aside(make_objective, tmp_path, spoil):
+    first = make_objective()
+    train(first, until=1)
+    first.save_checkpoint(0)
+    path = tmp_path / "artifacts/study/0/checkpoint.pt"
+    if spoil == "torn":
+        path.write_bytes(path.read_bytes()[:-100])
+    second = make_objective(uid="v" if spoil == "of another study" else "u")
+    member = second.admit(0, PARAMS | ({"X": 21.0} if spoil == "of other parameters" else {}))
+    assert (member.epoch, member.curve["epoch"]) == (0, [])
+    assert not path.exists()
+    assert path.with_name("checkpoint.pt.unusable").exists()
+
+
+def test_discarding_removes_the_checkpoint_and_on_request_the_weights(make_objective, tmp_path):
+    trained = make_objective()
+    train(trained)
+    trained.save_checkpoint(0)
+    trained.finish(0)
+    folder = tmp_path / "artifacts/study/0"
+    trained.discard(0, weights=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.npz", "weights.pt"]
+    trained.discard(0, weights=True)
+    trained.discard(0, weights=True)
+    assert [path.name for path in folder.iterdir()] == ["predictions.npz"]
+
+
+def test_a_full_disk_is_told_with_the_remedy_and_leaves_no_torn_file(make_objective, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trained = make_objective()
+    train(trained, until=1)
+    monkeypatch.setattr("frem_search.artifacts.os.fsync", full)
+    with pytest.raises(ArtifactError) as raised:
+        trained.save_checkpoint(0)
+    path = tmp_path / "artifacts/study/0/checkpoint.pt"
+    assert str(raised.value).startswith(f"{path}: cannot be written (")
+    assert str(raised.value).endswith(
+        " bytes): No space left on device. Free space, or set FREM_SEARCH_ARTIFACTS to another folder, and run the "
+        "same command again."
+    )
+    assert list(path.parent.iterdir()) == []
+
+
+def test_artifacts_below_a_file_are_told_before_anything_is_trained(make_objective, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ArtifactError, match=r"file/study/0/checkpoint\.pt: cannot be read: Not a directory\."):
+        make_objective(artifacts=tmp_path / "file").admit(0, PARAMS)
+
+
+def test_provenance_says_how_a_trial_was_trained(make_objective):
+    trained = make_objective()
+    train(trained, until=2)
+    provenance = trained.provenance(0)
+    assert provenance["frem_search"] == __version__
+    assert provenance["torch"] == torch.__version__
+    assert provenance["python"] == platform.python_version()
+    assert provenance["device"] == "cpu, 1 threads"
+    assert provenance["host"] == platform.node()
+    assert (provenance["precision"], provenance["cohort"], provenance["images"]) == ("fp32", 1, 2 * 8)
+    assert provenance["seconds"] > 0
+    assert provenance["peak_memory_mb"] > 10
+    json.dumps(provenance, allow_nan=False)
+
+
+def test_trials_of_different_image_sizes_share_an_objective(make_objective, with_params):
+    trained = make_objective(with_params(image_size=[[16, 24], [32, 32]]))
+    for number, size in enumerate(([16, 24], [32, 32], [16, 24])):
+        train(trained, number, PARAMS | {"image_size": size})
+        assert trained.member(number).epoch == 3
+        trained.finish(number)
+        trained.release(number)
+
+
+def test_a_released_trial_is_trained_no_further(make_objective):
+    trained = make_objective()
+    train(trained, until=1)
+    trained.release(0)
+    assert list(trained.epochs()) == []
+    with pytest.raises(StopIteration):
+        trained.member(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"learning_rate": {"low": 1e-4, "high": 1e-2}}, False),
+        ({"normalization": ["batch_norm", "batch_renorm"]}, False),
+        ({"base_channels": [2, 4], "B": 0}, True),
+        ({"depth": [1, 2], "B": 0}, True),
+        ({"batch_size": {"low": 2, "high": 4}}, True),
+        ({"image_size": [16, 32]}, True),
+        ({"supervision": [True, False]}, True),
+    ],
+)
+def test_a_study_knows_whether_one_trial_may_need_more_memory(make_objective, with_params, changes, expected):
+    assert make_objective(with_params(**changes)).searches_shapes is expected
+
+
+def out_of_memory(*_, **__):
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation of CUDA."
+    raise torch.OutOfMemoryError(message)
+
+
+@pytest.mark.parametrize("when", ["built", "trained", "scored"])
+def test_a_device_without_memory_is_told_with_the_remedy(make_objective, monkeypatch, when):
+    trained = make_objective()
+    if when == "built":
+        monkeypatch.setattr(objective, "build_network", out_of_memory)
+    if when == "trained":
+        monkeypatch.setattr("frem_search.training.cohort.score_images", out_of_memory)
+    with pytest.raises(DeviceMemoryError) as raised:  # noqa: PT012 where it happens is what differs
+        train(trained)
+        monkeypatch.setattr(objective, "predict", out_of_memory)
+        trained.finish(0)
+    told = str(raised.value)
+    assert told.startswith("cpu: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Free the device, or")
+    assert "batch_size, image_size or base_channels" in told
+    assert "\n" not in told
+
+
+def test_a_batch_that_the_network_cannot_normalise_is_a_usage_error(make_objective, with_params):
+    trained = make_objective(with_params(image_size=4, batch_size=1))
+    with pytest.raises(UsageError, match=r"^batch_size: expected at least 2 for training on images of 4x4"):
+        train(trained, 0, PARAMS | {"image_size": 4, "batch_size": 1})
