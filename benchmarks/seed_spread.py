@@ -2,7 +2,7 @@
 
 What the scatter of a search shows can be read only against this spread.
 
-    python benchmarks/seed_spread.py --study mouse_frem [--dataset NAME] [--seeds 5] [--set B=0 --set X=1.0] [--set ...]
+    python benchmarks/seed_spread.py --study mouse_frem [--dataset NAME] [--seeds 5] [--set B=8,X=250.0] [--set ...]
 
 Each `--set` is one configuration: comma-separated values for the searched parameters.
 """
@@ -65,7 +65,8 @@ def main() -> None:
         for part, values in zip(("validation", "test"), zip(*rows, strict=True), strict=True):
             print(
                 f"{text:14} {part:10} {study_file.score} mean {statistics.mean(values):.4f},"
-                f" standard deviation {statistics.stdev(values):.4f}, {min(values):.4f} to {max(values):.4f}, n = {len(values)}"
+                f" standard deviation {statistics.stdev(values):.4f},"
+                f" {min(values):.4f} to {max(values):.4f}, n = {len(values)}"
             )
         print(f"{text:14} {(time.perf_counter() - started) / options.seeds:.1f} s a training")
 

@@ -125,13 +125,13 @@ def main() -> None:
         storage.close()
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     print(
-        f"optuna {optuna.__version__}, PostgreSQL {version}, psycopg2 {psycopg2.__version__}, {options.trials} trials, n = {options.repeats}"
+        f"optuna {optuna.__version__}, PostgreSQL {version}, psycopg2 {psycopg2.__version__},"
+        f" {options.trials} trials, n = {options.repeats}"
     )
     for name, seconds in (("plain Optuna", plain), ("frem-search", ours)):
         each = 1000 / options.trials
-        print(
-            f"{name:14} {statistics.median(seconds) * each:6.1f} ms a trial ({min(seconds) * each:.1f} to {max(seconds) * each:.1f})"
-        )
+        middle, low, high = statistics.median(seconds) * each, min(seconds) * each, max(seconds) * each
+        print(f"{name:14} {middle:6.1f} ms a trial ({low:.1f} to {high:.1f})")
     print(f"ratio          {statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -105,7 +105,8 @@ def main() -> None:
         rows["frem-search, fp32"].append(time_cohort(images, labels, "fp32"))
         rows["frem-search, bf16"].append(time_cohort(images, labels, "bf16"))
     print(
-        f"torch {torch.__version__}, {describe_device(DEVICE)}, base {BASE}, {SIZE}x{SIZE}, batch {BATCH}, n = {repeats}"
+        f"torch {torch.__version__}, {describe_device(DEVICE)}, base {BASE}, {SIZE}x{SIZE}, batch {BATCH},"
+        f" n = {repeats}"
     )
     print(f"{'':20} {'images/s':>9} {'min':>7} {'max':>7} {'ratio to plain: median':>23} {'min':>6} {'max':>6}")
     for name, speeds in rows.items():

@@ -1,12 +1,12 @@
 """Checkpoints, weights and predictions of trials under one URL: a folder, or any storage that fsspec knows."""
 
 import os
-import uuid
 from pathlib import Path
 
 import fsspec
 
 from frem_search.errors import ArtifactError
+from frem_search.files import write_atomically
 from frem_search.home import home
 
 
@@ -47,7 +47,7 @@ class Artifacts:
         path = f"{self._root}/{name}"
         try:
             if self._is_local:
-                _write_atomically(Path(path), content)
+                write_atomically(Path(path), content)
             else:
                 self._files.pipe_file(path, content)
         except OSError as error:
@@ -90,17 +90,3 @@ class Artifacts:
         """Remove everything of this study."""
         if self._files.exists(self._root):
             self._files.rm(self._root, recursive=True)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not tempfile's: others must be able to read it
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import signal
 import threading
 import warnings
@@ -32,6 +33,16 @@ def folder() -> Path:
     return ROOT_FOLDER / f"postgres-{hashlib.sha256(str(wanted).encode()).hexdigest()[:12]}"
 
 
+def _check_path(data: Path) -> None:
+    # The wheel hands the path of the socket to a shell without quotes.
+    if re.search(r"""[\s"'`\\$&;|<>()*?!#\[\]{}]""", str(data)):
+        message = (
+            f"{data}: the embedded PostgreSQL cannot lie in a folder with spaces, quotes or brackets in its path. "
+            "Set FREM_SEARCH_HOME to another folder, or use a server of your own with --storage."
+        )
+        raise StorageError(message)
+
+
 def _is_open(parent: Path) -> bool:
     return parent.stat().st_mode & 0o055 == 0o055
 
@@ -47,6 +58,7 @@ def embedded_postgres() -> Iterator[sa.URL]:
         StorageError: The server cannot be started.
     """
     data = folder()
+    _check_path(data)
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o755)
         users = (data.parent / f"{data.name}.users").open("a")
@@ -55,15 +67,18 @@ def embedded_postgres() -> Iterator[sa.URL]:
         message = f"{data.parent}: cannot be written: {error.strerror}. Set FREM_SEARCH_HOME to a folder of yours."
         raise StorageError(message) from None
     with users, turn:
-        with _locked(turn):
-            server = _start(data)
-            fcntl.flock(users, fcntl.LOCK_SH)
+        server = None
         try:
-            yield sa.make_url(server.get_uri(driver="psycopg2"))._replace(password=None)  # it is empty
+            with _locked(turn), _signals_held_back():
+                server = _start(data)
+                fcntl.flock(users, fcntl.LOCK_SH)
+            socket = str(server.get_postmaster_info().socket_dir)
+            yield sa.URL.create("postgresql+psycopg2", username="postgres", database="postgres", query={"host": socket})
         finally:
-            with _locked(turn), _signals_ignored():
-                if _is_last(users):
-                    server.stop()
+            if server is not None:
+                with _locked(turn), _signals_ignored():
+                    if _is_last(users):
+                        server.stop()
 
 
 def _start(data: Path) -> Any:
@@ -88,12 +103,12 @@ def _start(data: Path) -> Any:
 
 
 def _remove_stale_pid_file(path: Path) -> None:
-    """After a power cut the file may name a process that is something else today."""
+    """After a power cut the file may name a process that is something else today, even the server of another folder."""
     try:
         pid = int(path.read_text().splitlines()[0])
-        if psutil.Process(pid).name() == "postgres":
+        if str(path.parent) in psutil.Process(pid).cmdline():
             return
-    except FileNotFoundError:
+    except (FileNotFoundError, psutil.AccessDenied):
         return
     except (ValueError, IndexError, psutil.Error):
         pass
@@ -115,6 +130,23 @@ def _locked(file: IO[str]) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait while the server starts: else it could run without anybody who stops it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for came_number in came:
+        signal.raise_signal(came_number)
 
 
 @contextlib.contextmanager

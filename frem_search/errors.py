@@ -15,6 +15,19 @@ FremSearchError             exit status 1
 └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return a question that begins with a space, or nothing if no known name is near.
+
+    >>> did_you_mean("unte", ["unet", "feedback_unet"])
+    " Did you mean 'unet'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {prefix + near[0]!r}?" if near else ""
+
 
 class FremSearchError(Exception):
     """The root of the tree: anything that a user can mend, with the remedy in the message."""

@@ -239,9 +239,7 @@ class Leases:
 
     def ranking(self) -> list[int]:
         """Return the numbers of the complete trials, best first."""
-        trials = self._storage.retrying(
-            lambda: self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        )
+        trials = self._storage.retrying(lambda: self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         return [trial.number for trial in sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))]
 
     def _claim(self) -> Held | Literal["spent", "busy"]:

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import resource
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,7 +189,6 @@ class Objective:
         self._datasets = {first_image_size(study_file): dataset}
         self._cohorts: dict[Any, Cohort] = {}
         self._params: dict[int, dict[str, Any]] = {}
-        self._started: dict[int, float] = {}
 
     @property
     def seed(self) -> int:
@@ -218,7 +216,7 @@ class Objective:
                 n_epochs=self._file.n_epochs,
                 has_augmentation=split.training.augmentation,
             )
-        self._params[number], self._started[number] = dict(params), time.monotonic()
+        self._params[number] = dict(params)
         stored = self._artifacts.read(f"{number}/{CHECKPOINT}")
         if stored is not None and not load_checkpoint(member, stored, identity=self._identity(number)):
             self._artifacts.set_aside(f"{number}/{CHECKPOINT}")
@@ -267,7 +265,6 @@ class Objective:
         """Let a trial go, finished or not."""
         self._cohort_of(number).release(number)
         self._params.pop(number)
-        self._started.pop(number)
 
     def provenance(self, number: int) -> dict[str, Any]:
         """Return under what conditions a trial was trained."""
@@ -282,7 +279,7 @@ class Objective:
             "host": platform.node(),
             "precision": self._precision,
             "cohort": 1,
-            "seconds": round(time.monotonic() - self._started[number], 3),
+            "seconds": round(sum(member.curve["seconds"]), 3),
             "images": member.epoch * n_images,
             "peak_memory_mb": round(
                 torch.cuda.max_memory_allocated(self._device) / 2**20

@@ -1,6 +1,5 @@
 """New images in, class pictures out: what a trained network says of images without labels."""
 
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from torch import nn
 
 from frem_search.data.dataset import normalise
-from frem_search.data.images import read_image
+from frem_search.data.pages import read_pages
 from frem_search.data.resize import resize_image
 from frem_search.errors import ArtifactError, DatasetError, DeviceMemoryError, UsageError
-from frem_search.figures.write import write_atomically
+from frem_search.files import write_atomically
 from frem_search.training.device import find_device
 from frem_search.training.evaluate import predict
 from frem_search.training.weights import Weights
@@ -23,7 +22,6 @@ from frem_search.training.weights import Weights
 # Okabe and Ito's palette, told apart with every common colour blindness; class 0, the ground, is left as it is.
 COLOURS = ((213, 94, 0), (0, 114, 178), (240, 228, 66), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
 OPACITY_RATIO = 0.45
-TIFF_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
 
 class Page(NamedTuple):
@@ -96,44 +94,6 @@ def overlay(image: np.ndarray, pred: np.ndarray) -> np.ndarray:
     palette = np.array(COLOURS, dtype=np.float64)[(pred.astype(int) - 1) % len(COLOURS)]
     ratio = np.where(pred > 0, OPACITY_RATIO, 0.0)[..., None]
     return np.rint((1 - ratio) * np.moveaxis(grey, 0, -1) + ratio * palette).astype(np.uint8)
-
-
-def read_pages(file: Path) -> list[np.ndarray]:
-    """Return the images of a file as [c h w]; channels that a TIFF itself calls channels are those of one image.
-
-    Raises:
-        DatasetError: It cannot be read, or its pixels are no finite numbers.
-    """
-    pages = [] if file.suffix.lower() == ".png" else _stack(file)
-    if len(pages) < 2:
-        return [read_image(file)]
-    if any(page.dtype.kind not in "uif" or not np.isfinite(page).all() for page in pages):
-        message = f"{file}: expected pages of finite numbers, but got {pages[0].dtype} or NaN. Save it as 8 or 16 bit."
-        raise DatasetError(message)
-    return pages
-
-
-def _stack(file: Path) -> list[np.ndarray]:
-    """Return the pages of a TIFF; none of a file that holds one image or cannot be read, which `read_image` tells."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            return [page for series in tiff.series for page in _split(series.axes, series.asarray())]
-    except TIFF_ERRORS:
-        return []
-
-
-def _split(axes: str, array: np.ndarray) -> list[np.ndarray]:
-    if not axes.endswith(("YX", "YXS", "YXC")):
-        message = f"axes {axes}"
-        raise ValueError(message)
-    if axes.endswith(("YXS", "YXC")):
-        array = np.moveaxis(array, -1, -3)
-    elif not axes.endswith(("SYX", "CYX")):
-        array = array[..., None, :, :]
-    array = array.astype(np.uint8) if array.dtype.kind == "b" else array
-    return list(array.reshape(-1, *array.shape[-3:]))
 
 
 def _check_file(file: Path, *, n_channels: int) -> list[Page]:

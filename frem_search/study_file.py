@@ -1,13 +1,12 @@
 """The checked form of a file in `studies/`, with `[quick]` and the options of the command merged into it."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from frem_search.errors import StudyFileError
+from frem_search.errors import StudyFileError, did_you_mean
 from frem_search.space import Space, parse_space
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -84,9 +83,8 @@ def find_study_file(study: str) -> Path:
     known = {path.stem: path for path in list_study_files()}
     if study in known:
         return known[study]
-    near = difflib.get_close_matches(study, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    message = f"Unknown study {study!r}.{hint} Known: {', '.join(known) or 'none'}; or give the path of a .toml file."
+    names = ", ".join(known) or "none"
+    message = f"Unknown study {study!r}.{did_you_mean(study, known)} Known: {names}; or give the path of a .toml file."
     raise StudyFileError(message)
 
 
@@ -227,8 +225,7 @@ class _Reader:
     def known(self, table: Mapping[str, Any], prefix: str, known: Sequence[str]) -> None:
         for key in table:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
+                hint = did_you_mean(key, known, prefix=prefix)
                 self.wrong(prefix + key, f"unknown key.{hint} Known here: {', '.join(known)}.")
 
     def table(self, table: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -35,7 +35,8 @@ n_epochs = 3
 image_size = 32
 base_channels = 4
 depth = 2
-batch_size = 4
+batch_size = 2
+learning_rate = 0.01
 B = {{ low = 0, high = 16 }}
 X = {{ low = 1, high = 1000, log = true }}
 """

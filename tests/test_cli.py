@@ -225,7 +225,7 @@ def test_an_unknown_study_is_2(call, command):
         ("high = 16", "high = 17", "params.B: expected 0 to 16, the bottleneck's maps, but got 17."),
         ('"unet"', '"unte"', "network: Unknown network 'unte'. Did you mean 'unet'? Known: "),
         ("depth = 2", "deepth = 2", "params.deepth: expected one of the parameters of unet"),
-        ("batch_size = 4", "batch_size = 0", "params.batch_size: expected an integer of at least 1, but got 0."),
+        ("batch_size = ", "batch_size = 0 # ", "params.batch_size: expected an integer of at least 1, but got 0."),
     ],
 )
 def test_a_wrong_study_file_is_2_and_begins_nothing(call, changed_study, storage_url, storage, old, new, says):
@@ -431,6 +431,7 @@ def test_ctrl_c_lets_go_of_the_trial_with_its_checkpoint(start_cli, call, tiny_s
 def test_a_reader_that_has_gone_is_no_error(call, tiny_study, storage_url, monkeypatch, command):
     monkeypatch.setenv("FREM_SEARCH_STORAGE", storage_url)
     call("run", "--study", tiny_study, "--n-trials", "1", "--n-epochs", "1")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, nothing would be left to write when Python exits
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -47,6 +47,12 @@ def lease_row(storage, held):
         return connection.execute(query, {"id": held.id}).one()
 
 
+def expire(storage, held):
+    with storage.engine.begin() as connection:
+        query = sa.text("UPDATE frem_lease SET expires_at = now() - interval '1 second' WHERE trial_id = :id")
+        connection.execute(query, {"id": held.id})
+
+
 def stored(storage, name="study"):
     """Every trial as another process would read it."""
     with open_storage(storage.engine.url.render_as_string(hide_password=False)) as other:
@@ -135,32 +141,32 @@ def test_a_released_trial_is_adopted_with_number_parameters_and_reports(storage,
 
 
 def test_a_trial_is_adopted_after_its_lease_ran_out(storage, other_storage):
-    mine = make_leases(storage, make_study(storage), lease_s=0.3)
-    held = mine.claim()
+    mine = make_leases(storage, make_study(storage), lease_s=1.0)
     others = make_leases(other_storage, make_study(other_storage))
+    held = mine.claim()
     assert others.claim() == "busy"
-    time.sleep(0.35)
+    time.sleep(1.05)
     assert others.claim().number == held.number
 
 
 def test_renewal_keeps_a_lease_beyond_its_time(storage, other_storage):
     others = make_leases(other_storage, make_study(other_storage))
-    with make_leases(storage, make_study(storage), lease_s=0.6) as mine:
+    with make_leases(storage, make_study(storage), lease_s=1.0) as mine:
         held = mine.claim()
         held.epoch = 7
-        time.sleep(1.3)
+        time.sleep(1.6)
         assert others.claim() == "busy"
         assert lease_row(storage, held).epoch == 7
         assert not held.is_lost
-    time.sleep(0.65)
+    time.sleep(1.05)
     assert others.claim().number == held.number
 
 
 def test_renewal_survives_a_lost_connection(storage, other_storage, postgres):
     others = make_leases(other_storage, make_study(other_storage))
-    with make_leases(storage, make_study(storage), lease_s=0.9) as mine:
+    with make_leases(storage, make_study(storage), lease_s=1.5) as mine:
         held = mine.claim()
-        for _ in range(4):
+        for _ in range(5):
             postgres.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid() AND datname = "
                 f"'{storage.engine.url.database}'"
@@ -180,10 +186,10 @@ def test_renewal_notices_that_the_trial_was_taken(storage, other_storage):
 
 
 def test_a_worker_whose_lease_was_taken_can_change_nothing(storage, other_storage):
-    mine = make_leases(storage, make_study(storage), lease_s=0.1)
+    mine = make_leases(storage, make_study(storage))
     others = make_leases(other_storage, make_study(other_storage))
     held = mine.claim()
-    time.sleep(0.15)
+    expire(storage, held)
     adopted = others.claim()
     others.report(adopted, 0.5, step=1)
     others.checkpointed(adopted, epoch=1, curve={"epoch": [1]})
@@ -206,10 +212,10 @@ def test_a_worker_whose_lease_was_taken_can_change_nothing(storage, other_storag
 
 @pytest.mark.parametrize("max_attempts", [3, 1])
 def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, other_storage, max_attempts):
-    mine = make_leases(storage, make_study(storage), lease_s=0.1)
+    mine = make_leases(storage, make_study(storage))
     others = make_leases(other_storage, make_study(other_storage), max_attempts=max_attempts)
     held = mine.claim()
-    time.sleep(0.15)
+    expire(storage, held)
     is_told, may_commit, finish = threading.Event(), threading.Event(), mine._finish
 
     def finish_slowly(*args, **kwargs):

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import signal
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -20,13 +21,28 @@ from frem_search.errors import (
 )
 from frem_search.evaluation import evaluate
 from frem_search.model import check_target, parse_settings, save_weights, settle, train
-from frem_search.prediction import overlay, predict_files, predict_image, read_pages
+from frem_search.data.pages import read_pages
+from frem_search.prediction import overlay, predict_files, predict_image
 from frem_search.rerun import repeat_lines, rerun
 from frem_search.stored_trial import find_trial, stored_study_file, stored_weights, trial_params
 from frem_search.study_file import load_study_file
 from frem_search.training.weights import dump_weights, load_weights, read_weights
 
 SETTINGS = {"B": 4, "X": 100.0}
+SMALL_STUDY = """
+dataset = "{dataset}"
+network = "unet"
+precision = "fp32"
+budget = {{ n_trials = 2, n_epochs = 8 }}
+[params]
+image_size = 32
+base_channels = 4
+depth = 2
+batch_size = 2
+learning_rate = 1e-2
+B = {{ low = 0, high = 16 }}
+X = {{ low = 1, high = 1000, log = true }}
+"""
 CPU = torch.device("cpu")
 
 
@@ -40,29 +56,36 @@ def trained(study, **settings):
     return train(study_file, load_dataset(study_file.dataset, image_size=size), device="cpu")
 
 
-@pytest.fixture
-def quick_study(tiny_study):
-    """The tiny study, so that it learns more than the most frequent class."""
-    text = tiny_study.read_text().replace("batch_size = 4", "batch_size = 2\nlearning_rate = 1e-2")
-    tiny_study.write_text(text.replace("n_epochs = 3", "n_epochs = 12"))
-    return tiny_study
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, tiny_dataset):
+    """The path of a small study whose networks learn more than the most frequent class."""
+    path = tmp_path_factory.mktemp("study") / "small.toml"
+    path.write_text(SMALL_STUDY.format(dataset=tiny_dataset))
+    return path
 
 
-@pytest.fixture
-def weights(quick_study):
-    return load_weights(trained(quick_study).weights, where="here")
+@pytest.fixture(scope="module")
+def weights(study):
+    return load_weights(trained(study).weights, where="here")
 
 
-@pytest.fixture
-def record(storage, quick_study, home):
-    """A search of two trials, in this process."""
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="module")
+def record(postgres, _template, study, artifacts):
+    """A search of two trials, in this process and a real database."""
     from frem_search.record import read_record
+    from frem_search.storage import open_storage
     from frem_search.worker import open_worker
 
-    study_file = load_study_file(str(quick_study), n_trials=2)
-    with open_worker(study_file, storage, device="cpu", artifacts=str(home / "artifacts")) as (_, worker):
-        list(worker.work())
-    return read_record(storage, "tiny", has_curves=False)
+    with open_storage(postgres.url(postgres.create(template=_template))) as storage:
+        study_file = load_study_file(str(study))
+        with open_worker(study_file, storage, device="cpu", artifacts=artifacts) as (_, worker):
+            list(worker.work())
+        return read_record(storage, "small", has_curves=False)
 
 
 def assert_equal(weights, others):
@@ -198,9 +221,9 @@ def test_weights_that_cannot_be_written_leave_the_file_that_was_there(tmp_path, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_kept_weights_score_what_the_trial_scored(record, tiny_dataset, home):
+def test_kept_weights_score_what_the_trial_scored(record, tiny_dataset, artifacts):
     for trial in record.trials:
-        kept = stored_weights(record, trial, artifacts=str(home / "artifacts"))
+        kept = stored_weights(record, trial, artifacts=artifacts)
         for part in ("val", "test"):
             scored = evaluate(kept, dataset=str(tiny_dataset), part=part, device="cpu")
             stored = trial.user_attrs["result"][part]
@@ -208,10 +231,10 @@ def test_kept_weights_score_what_the_trial_scored(record, tiny_dataset, home):
             assert scored.n_images == 2
 
 
-def test_predictions_are_those_that_the_trial_left(record, tiny_dataset, home, tmp_path):
-    folder = home / "artifacts" / f"tiny-{record.uid[:8]}" / "0"
+def test_predictions_are_those_that_the_trial_left(record, tiny_dataset, artifacts, tmp_path):
+    folder = Path(artifacts) / f"small-{record.uid[:8]}" / "0"
     stored = np.load(folder / "predictions.npz")
-    kept = stored_weights(record, record.trials[0], artifacts=str(home / "artifacts"))
+    kept = stored_weights(record, record.trials[0], artifacts=artifacts)
     files = [tiny_dataset / "imagesTr" / f"{case}_0000.png" for case in stored["cases"]]
     assert len(np.unique(stored["pred"])) > 1
     written = list(predict_files(kept, files, out=tmp_path / "out", device="cpu"))
@@ -219,19 +242,17 @@ def test_predictions_are_those_that_the_trial_left(record, tiny_dataset, home, t
         assert np.array_equal(imagecodecs.png_decode(path.read_bytes()), pred)
 
 
-def test_trial_trained_without_its_study_file_has_the_trials_weights(record, tiny_dataset, home, tiny_study):
-    tiny_study.unlink()
+def test_trial_trained_from_what_is_stored_has_the_trials_weights(record, tiny_dataset, artifacts):
     trial = find_trial(record, "best")
-    kept = stored_weights(record, trial, artifacts=str(home / "artifacts"))
+    kept = stored_weights(record, trial, artifacts=artifacts)
     again = settle(stored_study_file(record, dataset=str(tiny_dataset)), trial_params(record, trial))
     content = train(again, load_dataset(str(tiny_dataset), image_size=32), device="cpu").weights
     assert_equal(load_weights(content, where="here"), dataclasses.replace(kept, trial=None))
 
 
-def test_weights_that_a_study_no_longer_keeps_name_the_remedy(record, home):
-    (home / "artifacts" / f"tiny-{record.uid[:8]}" / "1" / "weights.pt").unlink()
-    with pytest.raises(ArtifactError, match="frem-search train --study tiny --trial 1 --out"):
-        stored_weights(record, record.trials[1], artifacts=str(home / "artifacts"))
+def test_weights_that_a_study_does_not_keep_name_the_remedy(record, tmp_path):
+    with pytest.raises(ArtifactError, match="frem-search train --study small --trial 1 --out"):
+        stored_weights(record, record.trials[1], artifacts=str(tmp_path))
 
 
 def test_rerun_comes_to_the_same_score_in_every_bit(record, tiny_dataset):
@@ -263,7 +284,7 @@ def test_rerun_refuses_other_images_than_the_studys(record, tiny_dataset, tmp_pa
     other = tmp_path / "tiny"
     shutil.copytree(tiny_dataset, other)
     write_image(other / "imagesTr" / "case00_0000.png", random_image(32, 32))
-    with pytest.raises(ContractError, match="expected the images that tiny was trained on"):
+    with pytest.raises(ContractError, match="expected the images that small was trained on"):
         rerun(record, record.trials[0], dataset=str(other), device="cpu")
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -223,8 +224,8 @@ def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, s
         return predict(network, images, **kwargs)
 
     monkeypatch.setattr(objective, "predict", watched)
-    trained = make_objective()
-    train(trained)
+    trained = make_objective(replace(study_file, n_epochs=20))
+    train(trained, params=PARAMS | {"learning_rate": 1e-2})
     member = trained.member(0)
     best = {name: value.clone() for name, value in member.best_weights.items()}
     with torch.no_grad():
@@ -246,6 +247,7 @@ def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, s
         assert scored["mean_iou"] == score.value.item()
         expected = dict(zip(dataset.class_names, score.per_class.tolist(), strict=True))
         assert scored["per_class"] == {name: None if iou != iou else iou for name, iou in expected.items()}
+    assert len(pred.unique()) > 1, "the test needs a network that sees more than one class"
     with np.load(tmp_path / "artifacts/study/0/predictions.npz") as stored:
         np.testing.assert_array_equal(stored["pred"], pred.numpy())
     assert all(torch.equal(content["state"][name], value) for name, value in best.items())
@@ -282,7 +284,7 @@ def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
     assert second.finish(0) == straight.finish(0)
 
 
-@pytest.mark.parametrize("spoil", ["torn", "of another study", "of other parameters"])
+@pytest.mark.parametrize("spoil", ["torn", "of another study", "of another trial", "of other parameters"])
 def test_a_checkpoint_that_cannot_be_used_is_set_aside(make_objective, tmp_path, spoil):
     first = make_objective()
     train(first, until=1)
@@ -290,8 +292,12 @@ def test_a_checkpoint_that_cannot_be_used_is_set_aside(make_objective, tmp_path,
     path = tmp_path / "artifacts/study/0/checkpoint.pt"
     if spoil == "torn":
         path.write_bytes(path.read_bytes()[:-100])
+    if spoil == "of another trial":
+        path = shutil.copytree(path.parent, path.parent.with_name("1")) / path.name
     second = make_objective(uid="v" if spoil == "of another study" else "u")
-    member = second.admit(0, PARAMS | ({"X": 21.0} if spoil == "of other parameters" else {}))
+    member = second.admit(
+        int(spoil == "of another trial"), PARAMS | ({"X": 21.0} if spoil == "of other parameters" else {})
+    )
     assert (member.epoch, member.curve["epoch"]) == (0, [])
     assert not path.exists()
     assert path.with_name("checkpoint.pt.unusable").exists()

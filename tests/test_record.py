@@ -1,7 +1,6 @@
 """A study read back: states in our words, the best trial, curves, and who holds what."""
 
 import threading
-import time
 
 import optuna
 import pytest
@@ -69,14 +68,15 @@ def test_states_in_our_words(storage, study):
 
 
 def test_a_trial_whose_lease_ran_out_or_whose_worker_is_gone_is_waiting(storage, study):
-    held = make_leases(study, lease_s=0.1).claim()
-    make_leases(study).claim()
+    held = [make_leases(study).claim(), make_leases(study).claim()]
     assert [t.state for t in read_record(storage, "tiny").trials] == ["running", "running"]
-    time.sleep(0.15)
-    assert [t.state for t in read_record(storage, "tiny").trials] == ["waiting", "running"]
+    change = "UPDATE frem_lease SET expires_at = now() - interval '1 second' WHERE trial_id = :id"
     with storage.engine.begin() as connection:
-        statement = sa.text("UPDATE frem_lease SET pid_started = pid_started - 100 WHERE trial_id != :id")
-        connection.execute(statement, {"id": held.id})
+        connection.execute(sa.text(change), {"id": held[0].id})
+    assert [t.state for t in read_record(storage, "tiny").trials] == ["waiting", "running"]
+    change = "UPDATE frem_lease SET pid_started = pid_started - 100 WHERE trial_id = :id"
+    with storage.engine.begin() as connection:
+        connection.execute(sa.text(change), {"id": held[1].id})
     assert [t.state for t in read_record(storage, "tiny").trials] == ["waiting", "waiting"]
 
 

@@ -64,6 +64,7 @@ class _Follower:
         self._record = record
         self._best = record.best.value if record.best else None
         self._params: dict[int, str] = {}
+        self._is_waiting = False
 
     def title(self) -> str:
         best = "" if self._best is None else f", best {self._best:.4f}"
@@ -79,8 +80,9 @@ class _Follower:
         if event.report is not None:
             n_epochs = self._record.contract["n_epochs"]
             return f"{name}: epoch {event.report.epoch} of {n_epochs}, {self._record.score} {event.report.score:.4f}"
+        is_told, self._is_waiting = self._is_waiting, event.kind == "waiting"
         if event.kind == "waiting":
-            return "waiting for trials that other workers hold"
+            return "" if is_told else "waiting for trials that other workers hold"
         if event.kind in FINISHED:
             self.n_finished += 1
         if event.kind == "complete" and event.value is not None:

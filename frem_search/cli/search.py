@@ -86,7 +86,11 @@ def run(
             is_stopping=stop,
             checkpoint_every_s=checkpoint_every,
         ) as (_, worker):
-            show_progress(worker.work(), read_record(opened, study_file.name, has_curves=False))
+            before = read_record(opened, study_file.name, has_curves=False)
+            if n_trials is not None and n_trials < before.n_trials:
+                note = f"{before.name}: the budget stays {before.n_trials} trials; it can be raised, not lowered."
+                typer.echo(note, err=True)
+            show_progress(worker.work(), before)
         record = read_record(opened, study_file.name, has_curves=False)
     typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
     if stop():
@@ -127,7 +131,7 @@ def trials(
     from frem_search.errors import UsageError
     from frem_search.status import trials_json
 
-    printers: dict[str, "Callable[[StudyRecord], str]"] = {
+    printers: dict[str, Callable[[StudyRecord], str]] = {
         "table": trials_table,
         "csv": trials_csv,
         "json": lambda record: json.dumps(trials_json(record), indent=2) + "\n",

@@ -9,14 +9,15 @@ import numpy as np
 from frem_search.errors import DatasetError
 
 ENDINGS = (".png", ".tif", ".tiff")
+# imagecodecs raises RuntimeErrors, tifffile ValueErrors and, on cut files, whatever its parser stumbled over.
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
 
 def read_image(file: Path) -> np.ndarray:
     """Return a 2-D image as [c h w] in the file's own number type; an RGB file has three channels."""
     try:
         array = _decode_png(file) if file.suffix.lower() == ".png" else _decode_tiff(file)
-    # imagecodecs raises RuntimeErrors, tifffile ValueErrors and, on cut files, whatever its parser stumbled over.
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
+    except UNREADABLE as error:
         message = f"{file}: expected a readable PNG or TIFF image, but got: {error}. Copy or export the file again."
         raise DatasetError(message) from error
     if array.dtype.kind == "b":

@@ -1,6 +1,5 @@
 """Datasets on disk: bring one, generate one, find one, list them, look into one."""
 
-import difflib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from frem_search.data.atomic import build_folder, build_prepared, is_filled
 from frem_search.data.nnunet import read_folder
 from frem_search.data.source import Source
 from frem_search.data.summary import DatasetSummary, summarize, summary_lines
-from frem_search.errors import DatasetError
+from frem_search.errors import DatasetError, did_you_mean
 from frem_search.home import datasets_folder
 
 __all__ = [
@@ -101,6 +100,5 @@ def _source(name: str) -> Source:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"Unknown dataset {name!r}. {hint}Known: {', '.join(DATASETS)}, or the path of a folder in nnU-Net's layout."
+    hint, known = did_you_mean(name, DATASETS), ", ".join(DATASETS)
+    return f"Unknown dataset {name!r}.{hint} Known: {known}, or the path of a folder in nnU-Net's layout."

@@ -26,7 +26,10 @@ def packages() -> Finding:
         needed = [Requirement(line) for line in metadata.requires("frem-search") or []]
     except metadata.PackageNotFoundError:
         return Finding(
-            "packages", "warn", "frem-search is not installed, so what it needs is not known.", "Run `make install`."
+            "packages",
+            "warn",
+            "frem-search is not installed, so what it needs is not known.",
+            "Run `pip install -c constraints.txt .` in its folder.",
         )
     needed = [each for each in needed if each.marker is None or each.marker.evaluate()]
     wrong, versions = [], []

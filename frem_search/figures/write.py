@@ -2,16 +2,15 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from frem_search.errors import ChromeNotFoundError, UsageError
+from frem_search.errors import ChromeNotFoundError, UsageError, did_you_mean
 from frem_search.figures import FIGURES, FigureData
 from frem_search.figures.pictures import PICTURE_FORMATS, draw_pictures
+from frem_search.files import write_atomically
 from frem_search.record import StudyRecord
 
 if TYPE_CHECKING:
@@ -85,9 +84,7 @@ def check_names(kind: str, names: Iterable[str], *, known: Iterable[str]) -> Non
     listed = list(known)
     for name in names:
         if name not in listed:
-            close = get_close_matches(name, listed, n=1)
-            guess = f" Did you mean {close[0]!r}?" if close else ""
-            msg = f"Unknown {kind} {name!r}.{guess} Known: {', '.join(listed)}."
+            msg = f"Unknown {kind} {name!r}.{did_you_mean(name, listed)} Known: {', '.join(listed)}."
             raise UsageError(msg)
 
 
@@ -122,13 +119,3 @@ def html_bytes(name: str, figure: "Figure", *, study: str) -> bytes:
     settings = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"format": "svg", "filename": name}}
     drawn = figure.to_html(full_html=False, include_plotlyjs=True, div_id=name, config=settings)
     return PAGE.format(title=escape(f"{study}: {name}"), figure=drawn).encode()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Networks by name, and how a study's parameters become one of them."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Literal, get_args, get_origin
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from frem_search import seeds
-from frem_search.errors import ParameterError, UsageError
+from frem_search.errors import ParameterError, UsageError, did_you_mean
 from frem_search.layers.feature_enhancement import FeatureEnhancement
 from frem_search.networks.unet import UNet
 
@@ -23,9 +22,7 @@ def network_params(name: str) -> dict[str, inspect.Parameter]:
     32
     """
     if name not in NETWORKS:
-        close = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        message = f"Unknown network {name!r}.{hint} Known: {', '.join(NETWORKS)}."
+        message = f"Unknown network {name!r}.{did_you_mean(name, NETWORKS)} Known: {', '.join(NETWORKS)}."
         raise UsageError(message)
     parameters = inspect.signature(NETWORKS[name]).parameters
     return {key: each for key, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}

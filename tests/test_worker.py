@@ -1,0 +1,430 @@
+"""The worker: whatever interrupts it, a search comes to the same trials; what fails says why."""
+
+import json
+import math
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pytest
+import sqlalchemy as sa
+import torch
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StorageError
+from frem_search.leases import Leases
+from frem_search.pruners import make_pruner
+from frem_search.samplers import make_sampler
+from frem_search.space import Fixed, Range
+from frem_search.storage import open_storage
+from frem_search.study_file import load_study_file
+from frem_search.worker import MOST_REPORTS, Worker, open_worker
+
+SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0, log=True), "depth": Fixed(4)}
+SEARCHED = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture
+def search(storage, do_nothing):
+    """Make a worker of a study "study": `search(n_trials=2, n_epochs=3, ...)`, and `search.study`."""
+
+    def make(objective=None, *, n_trials=2, pruner="none", settings=None, lease=None, **of_worker):
+        objective = objective or do_nothing()
+        make.study = optuna.create_study(
+            storage=storage.optuna,
+            study_name="study",
+            direction="maximize",
+            sampler=make_sampler("tpe", space=SEARCHED, seed=0, n_startup_trials=4),
+            pruner=make_pruner(pruner, settings or {}),
+            load_if_exists=True,
+        )
+        make.study.set_user_attr("n_trials", n_trials)
+        make.leases = Leases(storage, make.study, distributions=SEARCHED, **(lease or {}))
+        return Worker(make.leases, objective, space=SPACE, n_epochs=objective.n_epochs, **of_worker)
+
+    return make
+
+
+def stop_after(n_looks):
+    """Return an `is_stopping` that says yes from its n-th look on."""
+    looks = iter(range(n_looks))
+    return lambda: next(looks, None) is None
+
+
+def kinds(worker):
+    return [event.kind for event in worker.work()]
+
+
+def curves(storage):
+    with storage.engine.connect() as connection:
+        return connection.execute(sa.text("SELECT curve FROM frem_curve ORDER BY trial_id")).scalars().all()
+
+
+def leases(storage):
+    with storage.engine.connect() as connection:
+        return connection.execute(sa.text("SELECT * FROM frem_lease ORDER BY trial_id")).all()
+
+
+def test_what_happens_in_a_search(search, storage):
+    events = list(search(n_trials=2).work())
+    one = ["claimed", "epoch", "epoch", "epoch", "complete"]
+    assert [event.kind for event in events] == one * 2
+    assert [event.number for event in events] == [0] * 5 + [1] * 5
+    assert set(events[0].params) == {"B", "X", "depth"}
+    trials = search.study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert [event.value for event in events if event.kind == "complete"] == [trial.value for trial in trials]
+    assert trials[0].user_attrs == {"result": {"best_epoch": 3}, "provenance": {"seconds": 1.0}}
+    assert [curve["epoch"] for curve in curves(storage)] == [[1, 2, 3]] * 2
+    assert kinds(search(n_trials=2)) == []
+
+
+@pytest.mark.parametrize("n_epochs", [1, 3, 49, 50, 51, 99, 100, 101, 149, 2000])
+def test_at_most_fifty_reports_of_a_trial_and_one_of_its_end(search, do_nothing, monkeypatch, n_epochs):
+    objective, steps = do_nothing(n_epochs), []
+    worker = search(objective, n_trials=1)
+    monkeypatch.setattr(search.leases, "report", lambda held, value, *, step: steps.append(step))
+    list(worker.work())
+    assert len(steps) <= MOST_REPORTS == 50
+    assert len(steps) >= min(n_epochs, 25)
+    assert steps[-1] == n_epochs
+    assert steps == sorted(set(steps))
+
+
+def test_what_is_reported_is_the_best_so_far(search, do_nothing):
+    objective = do_nothing(4, score=lambda params, epoch: [0.1, 0.5, 0.3, 0.4][epoch - 1])
+    list(search(objective, n_trials=1).work())
+    (trial,) = search.study.trials
+    assert trial.intermediate_values == {1: 0.1, 2: 0.5, 3: 0.5, 4: 0.5}
+    assert trial.value == 0.5
+
+
+def test_a_loss_that_is_no_number_prunes_with_the_reason(search, do_nothing):
+    objective = do_nothing(5, score=lambda params, epoch: math.nan if epoch == 3 else 0.1 * epoch)
+    events = list(search(objective, n_trials=1).work())
+    assert events[-1].kind == "pruned"
+    (trial,) = search.study.trials
+    assert (trial.state, trial.value) == (TrialState.PRUNED, 0.2)
+    assert trial.user_attrs["reason"] == "the training loss was no number in epoch 3"
+    assert objective.discarded == [(0, False)]
+
+
+def test_a_pruned_trial_says_so_and_has_its_curve(search, do_nothing, storage):
+    objective = do_nothing(4, score=lambda params, epoch: [0.9, 0.1][len(objective.params) - 1])
+    events = list(search(objective, n_trials=2, pruner="asha", settings={"min_epochs": 2, "factor": 2}).work())
+    assert [event.kind for event in events if event.kind != "epoch"] == ["claimed", "complete", "claimed", "pruned"]
+    assert search.study.trials[1].user_attrs["reason"].startswith("its score is below")
+    assert [curve["epoch"] for curve in curves(storage)] == [[1, 2, 3, 4], [1, 2]]
+
+
+# ---- Interruptions.
+
+
+def whole(search, do_nothing, n_trials, n_epochs, **settings):
+    list(search(do_nothing(n_epochs), n_trials=n_trials, **settings).work())
+    found = [(t.number, t.state, t.params, t.value, t.intermediate_values) for t in search.study.trials]
+    optuna.delete_study(study_name="study", storage=search.study._storage)
+    return found
+
+
+@pytest.mark.parametrize("pruner", ["none", "asha"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_that_was_stopped_again_and_again_comes_to_the_same(search, do_nothing, storage, seed, pruner):
+    pruning = {"pruner": pruner, "settings": {"min_epochs": 2, "factor": 2}}
+    expected = whole(search, do_nothing, 6, 5, **pruning)
+    luck, checkpoints, n_stops, events = np.random.default_rng(seed), {}, 0, None
+    while events != []:
+        objective = do_nothing(5, checkpoints=checkpoints)
+        events = kinds(search(objective, n_trials=6, is_stopping=stop_after(luck.integers(1, 9)), **pruning))
+        n_stops += "released" in events
+        assert objective.members == {}
+    assert n_stops >= 2
+    assert [(t.number, t.state, t.params, t.value, t.intermediate_values) for t in search.study.trials] == expected
+    assert all(row.token is None for row in leases(storage))
+    assert max(row.attempts for row in leases(storage)) <= 1
+
+
+def test_a_stop_stores_where_the_trial_was(search, do_nothing, storage):
+    checkpoints = {}
+    events = kinds(search(do_nothing(9, checkpoints=checkpoints), n_trials=1, is_stopping=stop_after(2)))
+    assert events == ["claimed", "epoch", "epoch", "released"]
+    (row,) = leases(storage)
+    assert (row.token, row.reason, row.attempts, row.checkpoint_epoch, row.epoch) == (None, "stopped", 0, 2, 2)
+    assert curves(storage)[0]["epoch"] == [1, 2]
+    assert list(checkpoints) == [0]
+    events = kinds(search(do_nothing(9, checkpoints=checkpoints), n_trials=1))
+    assert events == ["adopted", *["epoch"] * 7, "complete"]
+    assert list(search.study.trials[0].intermediate_values) == list(range(1, 10))
+
+
+def test_a_stop_after_the_last_epoch_completes_the_trial(search, do_nothing):
+    events = kinds(search(do_nothing(3), n_trials=5, is_stopping=stop_after(3)))
+    assert events == ["claimed", "epoch", "epoch", "epoch", "complete"]
+
+
+@pytest.mark.parametrize("at", ["claimed", "epoch"])
+def test_who_stops_listening_lets_the_trial_go(search, do_nothing, storage, at):
+    events = search(do_nothing(), n_trials=1).work()
+    while next(events).kind != at:
+        pass
+    events.close()
+    (row,) = leases(storage)
+    assert (row.token, row.attempts) == (None, 0)
+
+
+@pytest.mark.parametrize("where", ["admit", "epoch", "finish"])
+def test_an_interrupt_in_the_middle_lets_the_trial_go_and_does_not_count(search, do_nothing, storage, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    objective = do_nothing(before_epoch=interrupt if where == "epoch" else None)
+    if where != "epoch":
+        setattr(objective, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(search(objective, n_trials=1).work())
+    (row,) = leases(storage)
+    assert (row.token, row.attempts) == (None, 0)
+    assert kinds(search(n_trials=1))[-1] == "complete"
+
+
+def test_a_checkpoint_is_stored_as_often_as_asked(search, do_nothing, storage):
+    objective = do_nothing(5)
+    saved, save = [], objective.save_checkpoint
+    objective.save_checkpoint = lambda number: (saved.append(objective.members[number].epoch), save(number))
+    list(search(objective, n_trials=1, checkpoint_every_s=0).work())
+    assert saved == [1, 2, 3, 4]
+    saved.clear()
+    list(search(objective, n_trials=2, checkpoint_every_s=3600).work())
+    assert saved == []
+
+
+def test_a_worker_that_lost_its_trial_goes_on_with_the_next(search, do_nothing, storage):
+    def take(number, epoch):
+        if (number, epoch) == (0, 2):
+            with storage.engine.begin() as connection:
+                statement = "UPDATE frem_lease SET token = 'another', worker = 'another', expires_at = now() + '1 day'"
+                connection.execute(sa.text(statement + ", boot_id = 'elsewhere'"))
+
+    events = []
+    worker = search(do_nothing(3, before_epoch=take), n_trials=2, is_stopping=lambda: "waiting" in events)
+    for event in worker.work():
+        events.append(event.kind)
+    assert events == ["claimed", "epoch", "epoch", "lost", "claimed", "epoch", "epoch", "epoch", "complete", "waiting"]
+    assert [trial.state for trial in search.study.trials] == [TrialState.RUNNING, TrialState.COMPLETE]
+    assert search.study.trials[0].intermediate_values == {1: pytest.approx(search.study.trials[0].intermediate_values[1])}
+
+
+def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, do_nothing, storage):
+    def take(number, epoch):
+        if number == 0:
+            with storage.engine.begin() as connection:
+                connection.execute(sa.text("UPDATE frem_lease SET token = 'x', worker = 'x', boot_id = 'x'"))
+            raise ZeroDivisionError
+
+    events = []
+    worker = search(do_nothing(1, before_epoch=take), n_trials=2, is_stopping=lambda: "waiting" in events)
+    for event in worker.work():
+        events.append(event.kind)
+    assert events == ["claimed", "lost", "claimed", "epoch", "complete", "waiting"]
+
+
+# ---- Errors.
+
+
+def raising(error):
+    def act(*_):
+        raise error
+
+    return act
+
+
+def test_three_code_errors_in_a_row_end_the_worker(search, do_nothing, storage):
+    objective = do_nothing(before_epoch=raising(ZeroDivisionError("division by zero")))
+    events = []
+    with pytest.raises(ZeroDivisionError):
+        events.extend(search(objective, n_trials=9).work())
+    trials = search.study.trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL] * 3
+    assert trials[0].user_attrs["reason"] == "ZeroDivisionError: division by zero"
+    assert all(row.token is None for row in leases(storage))
+
+
+def test_code_errors_with_a_success_between_do_not_end_the_worker(search, do_nothing):
+    def fail_mostly(number, epoch):
+        if number % 3 != 2:
+            raise ZeroDivisionError
+
+    events = kinds(search(do_nothing(1, before_epoch=fail_mostly), n_trials=6))
+    assert events.count("failed") == 4
+    assert events.count("complete") == 2
+
+
+def test_out_of_memory_prunes_where_shapes_are_searched(search, do_nothing):
+    objective = do_nothing(before_epoch=raising(DeviceMemoryError("cuda:0: out of memory")))
+    objective.searches_shapes = True
+    assert kinds(search(objective, n_trials=2)) == ["claimed", "pruned"] * 2
+    assert {trial.state for trial in search.study.trials} == {TrialState.PRUNED}
+    assert search.study.trials[0].user_attrs["reason"] == "cuda:0: out of memory"
+
+
+@pytest.mark.parametrize("where", ["admit", "epoch"])
+def test_out_of_memory_ends_the_worker_where_all_trials_need_the_same(search, do_nothing, storage, where):
+    error = DeviceMemoryError("cuda:0: out of memory")
+    objective = do_nothing(before_epoch=raising(error) if where == "epoch" else None)
+    if where == "admit":
+        objective.admit = raising(error)
+    with pytest.raises(DeviceMemoryError):
+        list(search(objective, n_trials=2).work())
+    (row,) = leases(storage)
+    assert (row.token, row.attempts, row.reason) == (None, 0, "cuda:0: out of memory")
+    assert search.study.trials[0].state == TrialState.RUNNING
+
+
+@pytest.mark.parametrize(
+    "error", [ArtifactError("no space"), OSError(5, "I/O error"), StorageError("away"), ParameterError("B", "at most 16", 99)]
+)
+def test_an_error_of_the_machine_ends_the_worker_and_the_trial_waits(search, do_nothing, storage, error):
+    objective = do_nothing()
+    objective.save_checkpoint = raising(error)
+    with pytest.raises(type(error)):
+        list(search(objective, n_trials=2, checkpoint_every_s=0).work())
+    (row,) = leases(storage)
+    assert (row.token, row.attempts, row.reason) == (None, 1, str(error))
+    assert search.study.trials[0].state == TrialState.RUNNING
+
+
+def test_a_trial_that_cannot_be_trained_on_any_machine_fails_in_the_end(search, do_nothing):
+    objective = do_nothing(before_epoch=raising(ArtifactError("broken")))
+    for _ in range(3):
+        with pytest.raises(ArtifactError):
+            list(search(objective, n_trials=1).work())
+    assert kinds(search(objective, n_trials=1)) == []
+    (trial,) = search.study.trials
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["reason"].endswith("advanced no checkpoint; the last ended: broken")
+
+
+def test_a_finished_trial_leaves_no_checkpoint_and_only_the_best_keep_their_weights(search, do_nothing):
+    from frem_search.worker import KEPT_WEIGHTS
+
+    objective = do_nothing(1, score=lambda params, epoch: float(len(objective.params)))  # each better than before
+    list(search(objective, n_trials=KEPT_WEIGHTS + 3).work())
+    assert [number for number, weights in objective.discarded if not weights] == list(range(KEPT_WEIGHTS + 3))
+    assert {number for number, weights in objective.discarded if weights} == {0, 1, 2}
+
+
+# ---- With the real objective.
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def real(tiny_study, tmp_path):
+    """Run `tiny_study` in a database with the real objective, and give what is left to compare."""
+    study_file = load_study_file(str(tiny_study), n_epochs=6)
+
+    def work(storage, *, artifacts="artifacts", **settings):
+        url = str(tmp_path / artifacts)
+        with open_worker(study_file, storage, device="cpu", artifacts=url, **settings) as (study, worker):
+            return study, [event.kind for event in worker.work()]
+
+    return work
+
+
+def outcome(study):
+    found = []
+    for trial in study.optuna.trials:
+        result = trial.user_attrs["result"]
+        found.append((trial.number, trial.state, trial.params, trial.value, trial.intermediate_values, result))
+    return found
+
+
+def without_seconds(curves_of_trials):
+    return [{name: column for name, column in curve.items() if name != "seconds"} for curve in curves_of_trials]
+
+
+@pytest.fixture
+def uninterrupted(postgres, _template, real, one_thread):
+    """What the search comes to when nothing happens to it."""
+    name = postgres.create(template=_template)
+    with open_storage(postgres.url(name)) as storage:
+        study, events = real(storage, artifacts="whole")
+        assert events.count("complete") == 3
+        found = outcome(study), without_seconds(curves(storage))
+    postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    return found
+
+
+def test_an_interrupted_search_comes_to_bitwise_the_same(storage, real, uninterrupted):
+    assert len({trial[3] for trial in uninterrupted[0]}) == 3  # the trials do differ
+    luck, n_released = np.random.default_rng(0), 0
+    while True:
+        study, events = real(storage, is_stopping=stop_after(luck.integers(1, 7)), checkpoint_every_s=1000)
+        n_released += events.count("released")
+        if [trial.state for trial in study.optuna.trials] == [TrialState.COMPLETE] * 3:
+            break
+    assert n_released >= 2
+    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
+
+
+def test_a_torn_or_foreign_checkpoint_is_set_aside_and_changes_nothing(storage, real, uninterrupted, tmp_path):
+    study, events = real(storage, is_stopping=stop_after(3))
+    assert events[-1] == "released"
+    checkpoint = tmp_path / "artifacts" / study.artifacts_prefix / "0" / "checkpoint.pt"
+    whole_content = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole_content[: len(whole_content) // 2])
+    real(storage, is_stopping=stop_after(2))
+    assert checkpoint.with_name("checkpoint.pt.unusable").read_bytes() == whole_content[: len(whole_content) // 2]
+    foreign = torch.load(checkpoint, weights_only=True)
+    foreign["identity"]["study"] = "another"
+    foreign["epoch"] = 5
+    torch.save(foreign, checkpoint)
+    study, events = real(storage)
+    assert events.count("complete") == 3
+    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
+    assert torch.load(checkpoint.with_name("checkpoint.pt.unusable"), weights_only=True)["identity"]["study"] == "another"
+
+
+def test_a_search_killed_again_and_again_comes_to_bitwise_the_same(
+    storage, storage_url, start_cli, run_cli, tiny_study, uninterrupted
+):
+    command = ["run", "--study", tiny_study, "--device", "cpu", "--n-epochs", 6, "--checkpoint-every", 0]
+    luck = np.random.default_rng(0)
+    for _ in range(3):
+        process = start_cli(*command, FREM_SEARCH_STORAGE=storage_url)
+        wait_for_epochs(storage, process, more=int(luck.integers(1, 4)))
+        time.sleep(float(luck.random()) * 0.03)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = run_cli(*command, "--json", FREM_SEARCH_STORAGE=storage_url)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["states"]["complete"] == 3
+    study = SimpleNamespace(optuna=optuna.load_study(study_name="tiny", storage=storage.optuna))
+    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
+
+
+def wait_for_epochs(storage, process, *, more):
+    """Wait until the search has reported so many epochs more than it had."""
+    before, deadline = n_reports(storage), time.monotonic() + 60
+    while n_reports(storage) < before + more and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def n_reports(storage):
+    with storage.engine.connect() as connection:
+        return connection.execute(sa.text("SELECT count(*) FROM trial_intermediate_values")).scalar()
