@@ -18,7 +18,8 @@ import torch
 
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
-from frem_search.objective import Objective, first_image_size
+from frem_search.objective import Objective
+from frem_search.parameters import first_image_size
 from frem_search.space import resolve
 from frem_search.study_file import Sampler, StudyFile, load_study_file
 from frem_search.training.device import best_precision, describe_device, find_device

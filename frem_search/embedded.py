@@ -78,7 +78,8 @@ def embedded_postgres() -> Iterator[sa.URL]:
             if server is not None:
                 with _locked(turn), _signals_ignored():
                     if _is_last(users):
-                        server.stop()
+                        with contextlib.suppress(psutil.Error):  # the kernel was faster
+                            server.stop()
 
 
 def _start(data: Path) -> Any:
@@ -90,7 +91,7 @@ def _start(data: Path) -> Any:
     try:
         # cleanup_mode=None: the wheel's own list of users keeps the dead ones, so it must not decide who is the last.
         server = get_server(data, cleanup_mode=None, start=False)
-        _remove_stale_pid_file(data / "postmaster.pid")
+        _remove_stale_locks(data.resolve())
         server.start()
         return server
     except Exception as error:  # noqa: BLE001 the wheel raises whatever happens to it
@@ -102,17 +103,21 @@ def _start(data: Path) -> Any:
         raise StorageError(message) from None
 
 
-def _remove_stale_pid_file(path: Path) -> None:
-    """After a power cut the file may name a process that is something else today, even the server of another folder."""
+def _remove_stale_locks(data: Path) -> None:
+    """Remove what a server left that a power cut or the kernel ended, where its pid is taken and PostgreSQL stays out.
+
+    The pid may be something else's today, even the server's of another folder, or a zombie's that nobody waits for.
+    """
+    file = data / "postmaster.pid"
     try:
-        pid = int(path.read_text().splitlines()[0])
-        if str(path.parent) in psutil.Process(pid).cmdline():
-            return
-    except (FileNotFoundError, psutil.AccessDenied):
+        lines = file.read_text().splitlines()
+    except FileNotFoundError:
         return
-    except (ValueError, IndexError, psutil.Error):
-        pass
-    path.unlink(missing_ok=True)
+    if any(process.info["cwd"] == str(data) for process in psutil.process_iter(["cwd"])):
+        return  # every process of a server works in its folder
+    socket_folder = Path(lines[4]) if len(lines) > 4 else data
+    (socket_folder / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
 def _is_last(users: IO[str]) -> bool:

@@ -15,7 +15,8 @@ from frem_search.data.dataset import load_dataset
 from frem_search.errors import ContractError, UsageError
 from frem_search.losses import LOSSES
 from frem_search.networks import network_params
-from frem_search.objective import PREDICTIONS, WEIGHTS, TrainingParams, check, first_image_size
+from frem_search.objective import PREDICTIONS, WEIGHTS
+from frem_search.parameters import TrainingParams, check, first_image_size
 from frem_search.record import StudyRecord, read_record
 from frem_search.space import Choice, Fixed, Param, Space, distributions, resolve, space_from_json
 from frem_search.study import artifacts_prefix, make_contract

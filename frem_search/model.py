@@ -13,7 +13,8 @@ from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError, FremSearchError, StudyFileError, UsageError
 from frem_search.files import write_atomically
-from frem_search.objective import WEIGHTS, Objective, Outcome, check
+from frem_search.objective import WEIGHTS, Objective, Outcome
+from frem_search.parameters import check
 from frem_search.space import Fixed, Param, Range, resolve, searched
 from frem_search.study_file import StudyFile
 from frem_search.training.device import best_precision, find_device

@@ -6,7 +6,8 @@ from typing import Any
 from frem_search.artifacts import Artifacts, artifacts_url
 from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.errors import ArtifactError, ContractError, UsageError
-from frem_search.objective import WEIGHTS, first_image_size
+from frem_search.objective import WEIGHTS
+from frem_search.parameters import first_image_size
 from frem_search.record import StudyRecord, TrialRecord
 from frem_search.space import resolve, searched, space_from_json
 from frem_search.study import artifacts_prefix

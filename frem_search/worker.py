@@ -13,7 +13,8 @@ from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError
 from frem_search.leases import Held, Leases
-from frem_search.objective import Objective, Outcome, check, first_image_size
+from frem_search.objective import Objective, Outcome
+from frem_search.parameters import check, first_image_size
 from frem_search.space import Space, distributions, resolve
 from frem_search.storage import Storage
 from frem_search.study import OpenStudy, make_contract, open_study, stored_contract

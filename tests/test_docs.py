@@ -15,7 +15,7 @@ from frem_search.data import DATASETS
 from frem_search.figures import FIGURES
 from frem_search.losses import LOSSES
 from frem_search.networks import NETWORKS, network_params
-from frem_search.objective import TRAINING_PARAMS
+from frem_search.parameters import TRAINING_PARAMS
 
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"

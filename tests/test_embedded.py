@@ -96,45 +96,52 @@ def test_a_killed_user_leaves_a_server_that_the_next_uses_and_stops(home, use):
     assert server_of(home) is None
 
 
-def test_data_survive_server_and_machine(home, use):
-    """After a power cut: no server, its pid file with the pid of something else."""
+def kill_server(home):
+    """End the server as a power cut does, and return its pid file, which now names a process that is none."""
+    with embedded_postgres():
+        file = home / "postgres" / "postmaster.pid"
+        content = file.read_text()
+        server_of(home).kill()
+        wait_for(lambda: server_of(home) is None and not processes_in(home / "postgres"))
+    file.write_text(content)
+    return file
+
+
+def processes_in(data):
+    return [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(data)]
+
+
+@pytest.mark.parametrize("pid", ["as it was", "of this process", "of another server"])
+def test_data_survive_the_death_of_the_server(home, postgres, pid):
     from frem_search.storage import open_storage
 
     with open_storage() as storage, storage.engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE kept AS SELECT 7 AS number")
-    user = use()
-    user.stdout.readline()
-    file = home / "postgres" / "postmaster.pid"
+    file = kill_server(home)
+    other = (postgres.folder / "postmaster.pid").read_text().splitlines()[0]
     lines = file.read_text().splitlines()
-    user.kill()
-    user.communicate()
-    server_of(home).kill()
-    wait_for(lambda: server_of(home) is None)
-    file.write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
+    lines[0] = {"as it was": lines[0], "of this process": str(os.getpid()), "of another server": other}[pid]
+    file.write_text("\n".join(lines) + "\n")
     with open_storage() as storage, storage.engine.begin() as connection:
         assert connection.exec_driver_sql("SELECT number FROM kept").scalar() == 7
     assert server_of(home) is None
-
-
-def test_the_pid_of_another_folders_server_is_stale(home, postgres):
-    folder().mkdir(parents=True)
-    file = folder() / "postmaster.pid"
-    lines = (postgres.folder / "postmaster.pid").read_text()
-    file.write_text(lines)
-    embedded._remove_stale_pid_file(file)
-    assert not file.exists()
-    (postgres.folder / "postmaster.pid").touch()
-    embedded._remove_stale_pid_file(postgres.folder / "postmaster.pid")
-    assert (postgres.folder / "postmaster.pid").read_text() == lines
+    assert psutil.pid_exists(int(other))
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "999999999\n"])
 def test_a_torn_pid_file_is_removed(tmp_path, content):
     file = tmp_path / "postmaster.pid"
     file.write_text(content)
-    embedded._remove_stale_pid_file(file)
+    embedded._remove_stale_locks(tmp_path)
     assert not file.exists()
-    embedded._remove_stale_pid_file(file)
+    embedded._remove_stale_locks(tmp_path)
+
+
+def test_the_pid_file_of_a_server_that_runs_stays(postgres):
+    file = postgres.folder / "postmaster.pid"
+    content = file.read_text()
+    embedded._remove_stale_locks(postgres.folder)
+    assert file.read_text() == content
 
 
 def test_a_signal_during_the_start_waits_and_leaves_no_server(home, monkeypatch):
@@ -152,9 +159,13 @@ def test_a_signal_during_the_start_waits_and_leaves_no_server(home, monkeypatch)
 
 
 def test_an_error_inside_stops_the_server(home):
-    with pytest.raises(ZeroDivisionError), embedded_postgres():
-        assert server_of(home)
-        raise ZeroDivisionError
+    def fail():
+        with embedded_postgres():
+            assert server_of(home)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert server_of(home) is None
 
 
@@ -173,14 +184,13 @@ def test_unusual_folders_work(home, monkeypatch, name):
 @pytest.mark.parametrize("name", ["my home", "jane's", "a&b"])
 def test_folders_that_a_shell_would_take_apart_are_refused(home, monkeypatch, name):
     monkeypatch.setenv("FREM_SEARCH_HOME", str(home / name))
-    with pytest.raises(StorageError, match=r"cannot lie in a folder with spaces.* Set FREM_SEARCH_HOME"), embedded_postgres():
+    with pytest.raises(StorageError, match=r"with spaces, quotes or .* Set FREM_SEARCH_HOME"), embedded_postgres():
         pytest.fail("it was not refused")
     assert not (home / name).exists()
 
 
-def test_a_home_that_is_a_file_is_told(home, monkeypatch):
-    (home / "file").write_text("")
-    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / "file"))
+def test_a_file_in_the_place_of_the_folder_is_told(home):
+    (home / "postgres").write_text("in the way")
     with pytest.raises(StorageError, match=r"cannot be written: .* Set FREM_SEARCH_HOME"), embedded_postgres():
         pytest.fail("it was not refused")
 

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from frem_search.errors import LeaseLostError, StudyNotFoundError
 from frem_search.leases import Held, Leases
 from frem_search.samplers import make_sampler
-from frem_search.storage import Storage, normalise_url, open_storage
+from frem_search.storage import open_storage
 
 SPACE = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}
 DONE = {"attrs": {"result": 1}, "curve": {"epoch": [1, 2]}}
@@ -224,7 +224,9 @@ def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, oth
         may_commit.wait(10)
 
     mine._finish = finish_slowly
-    teller = threading.Thread(target=mine.tell, args=(held,), kwargs={"state": TrialState.COMPLETE, "value": 0.5} | DONE)
+    teller = threading.Thread(
+        target=mine.tell, args=(held,), kwargs={"state": TrialState.COMPLETE, "value": 0.5} | DONE
+    )
     teller.start()
     assert is_told.wait(10)
     claimed = []

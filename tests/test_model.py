@@ -12,6 +12,7 @@ import torch
 
 from frem_search.data.dataset import load_dataset
 from frem_search.data.images import write_image
+from frem_search.data.pages import read_pages
 from frem_search.errors import (
     ArtifactError,
     ContractError,
@@ -21,7 +22,6 @@ from frem_search.errors import (
 )
 from frem_search.evaluation import evaluate
 from frem_search.model import check_target, parse_settings, save_weights, settle, train
-from frem_search.data.pages import read_pages
 from frem_search.prediction import overlay, predict_files, predict_image
 from frem_search.rerun import repeat_lines, rerun
 from frem_search.stored_trial import find_trial, stored_study_file, stored_weights, trial_params

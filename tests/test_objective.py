@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from frem_search import __version__, objective
+from frem_search import __version__, objective, parameters
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
 from frem_search.metrics.iou import mean_iou_score
 from frem_search.networks import build_network
-from frem_search.objective import Objective, check, first_image_size, split_params
+from frem_search.objective import Objective
+from frem_search.parameters import TrainingParams, check, first_image_size, split_params
 from frem_search.space import parse_space
 from frem_search.study_file import load_study_file
 from frem_search.training.weights import load_weights
@@ -170,13 +171,13 @@ def test_an_unknown_name_is_told_with_what_is_known(study_file, key, value, says
 
 def test_checking_takes_no_memory_for_weights(with_params, monkeypatch):
     devices = []
-    build = objective.build_network
+    build = parameters.build_network
 
     def watched(*args, **kwargs):
         devices.append(kwargs.get("device"))
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(objective, "build_network", watched)
+    monkeypatch.setattr(parameters, "build_network", watched)
     check(with_params(base_channels=1024))
     assert set(devices) == {"meta"}
 
@@ -185,13 +186,13 @@ def test_parameters_go_to_whom_they_concern(study_file):
     split = split_params(study_file, PARAMS | {"image_size": [32, 48], "lambda": 0.7, "supervision": True})
     assert split.network == {"base_channels": 4, "depth": 2, "B": 3, "X": 20.0, "supervision": True}
     assert split.coefficients == {"lambda": 0.7}
-    assert split.training == objective.TrainingParams(batch_size=4, image_size=(32, 48))
+    assert split.training == TrainingParams(batch_size=4, image_size=(32, 48))
 
 
 def test_what_a_study_leaves_out_has_its_usual_value(study_file):
     split = split_params(study_file, {})
     assert (split.network, split.coefficients) == ({}, {"lambda": 0.3})
-    assert split.training == objective.TrainingParams()
+    assert split.training == TrainingParams()
 
 
 def test_an_unknown_parameter_is_told_with_all_that_are_known(study_file):

@@ -120,7 +120,9 @@ def test_tpe_comes_nearer_to_the_best_than_chance():
 def test_gp_learns_and_suggests_inside_the_space():
     study = make_study("gp", n_startup_trials=3)
     go_on(study, 5)
-    assert all(SPACE[name]._contains(SPACE[name].to_internal_repr(v)) for t in params_of(study) for name, v in t.items())
+    assert all(
+        SPACE[name]._contains(SPACE[name].to_internal_repr(v)) for t in params_of(study) for name, v in t.items()
+    )
     assert len({trial["X"] for trial in params_of(study)}) >= 4
 
 

@@ -22,7 +22,7 @@ from frem_search.samplers import make_sampler
 from frem_search.storage import Storage, is_lost_connection, normalise_url, open_storage
 
 SPACE = {"B": IntDistribution(1, 9), "X": FloatDistribution(1.0, 10.0)}
-SECRET = "s{e}c@r%t/:?#"  # noqa: S105 a password for a role that does not exist
+SECRET = "s{e}c@r%t/:?#"
 ENCODED = "s%7Be%7Dc%40r%25t%2F%3A%3F%23"
 
 
@@ -38,7 +38,7 @@ def make_study(storage, name="study"):
 
 def count(storage, table):
     with storage.engine.connect() as connection:
-        return connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar()  # noqa: S608
+        return connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar()
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,9 @@ def test_other_databases_are_refused(text):
         normalise_url(text)
 
 
-@pytest.mark.parametrize("text", ["", "frem.db", f"postgresql://me:{SECRET}@db/frem", "postgresql://me:secret@db:port/x"])
+@pytest.mark.parametrize(
+    "text", ["", "frem.db", f"postgresql://me:{SECRET}@db/frem", "postgresql://me:secret@db:port/x"]
+)
 def test_what_is_no_url_is_refused_without_being_repeated(text):
     with pytest.raises(StorageError) as caught:
         normalise_url(text)
@@ -74,7 +76,9 @@ def test_what_is_no_url_is_refused_without_being_repeated(text):
 )
 def test_an_unreachable_server_is_named_without_the_password(url, caplog):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(StorageError, match=r"storage postgresql\+psycopg2://me.*127.0.0.1:1/frem.*Check that it runs") as caught:
+    with pytest.raises(
+        StorageError, match=r"storage postgresql\+psycopg2://me.*127.0.0.1:1/frem.*Check that it runs"
+    ) as caught:
         Storage(normalise_url(url))
     told = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert SECRET not in told
@@ -175,9 +179,7 @@ def test_a_rollback_leaves_nothing_of_optuna_or_ours(storage):
             trial.report(0.5, 1)
             study.set_user_attr("key", "value")
             study.tell(kept, 1.0)
-            connection.execute(
-                sa.text("INSERT INTO frem_curve VALUES (:id, '{}')"), {"id": trial._trial_id}
-            )
+            connection.execute(sa.text("INSERT INTO frem_curve VALUES (:id, '{}')"), {"id": trial._trial_id})
             assert count_in(connection, "trials") == 2
             raise KeyboardInterrupt
 
@@ -190,7 +192,7 @@ def test_a_rollback_leaves_nothing_of_optuna_or_ours(storage):
 
 
 def count_in(connection, table):
-    return connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar()  # noqa: S608
+    return connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar()
 
 
 def test_the_cache_forgets_what_was_rolled_back(storage):
@@ -250,7 +252,10 @@ def test_a_transaction_uses_one_connection(storage):
 
 
 def test_retrying_goes_on_until_the_database_is_back(storage, monkeypatch):
-    pauses, answers = [], iter([exc.OperationalError("", {}, Exception()), exc.InterfaceError("", {}, Exception()), None])
+    pauses, answers = (
+        [],
+        iter([exc.OperationalError("", {}, Exception()), exc.InterfaceError("", {}, Exception()), None]),
+    )
     monkeypatch.setattr("frem_search.storage.time", SimpleNamespace(monotonic=lambda: 0.0, sleep=pauses.append))
 
     def act():

@@ -37,7 +37,7 @@ def contract_of(study_file, **changes):
 def everything(storage):
     with storage.engine.connect() as connection:
         tables = ("studies", "study_user_attributes", "study_system_attributes", "trials")
-        return [connection.exec_driver_sql(f"SELECT * FROM {t} ORDER BY 1").all() for t in tables]  # noqa: S608
+        return [connection.exec_driver_sql(f"SELECT * FROM {t} ORDER BY 1").all() for t in tables]
 
 
 def test_a_study_is_stored_with_all_that_it_was_begun_with(storage, study_file):

@@ -378,7 +378,7 @@ def test_studies_are_shipped():
 @pytest.mark.parametrize(("path", "quick"), SHIPPED)
 def test_every_shipped_study_passes_every_check(path, quick):
     from frem_search.data import DATASETS
-    from frem_search.objective import check
+    from frem_search.parameters import check
 
     loaded = load_study_file(str(path), quick=quick)
     check(loaded)
@@ -502,7 +502,7 @@ some_params = st.dictionaries(
     derandomize=True, max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 def test_whatever_the_parameters_are_they_pass_or_are_a_study_file_error(tmp_path_factory, params):
-    from frem_search.objective import check
+    from frem_search.parameters import check
 
     path = tmp_path_factory.getbasetemp() / "params.toml"
     path.write_text(to_toml(GOOD | {"params": {"base_channels": 2, "depth": 1} | params}), encoding="utf-8")

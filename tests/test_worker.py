@@ -219,7 +219,9 @@ def test_a_worker_that_lost_its_trial_goes_on_with_the_next(search, do_nothing, 
         events.append(event.kind)
     assert events == ["claimed", "epoch", "epoch", "lost", "claimed", "epoch", "epoch", "epoch", "complete", "waiting"]
     assert [trial.state for trial in search.study.trials] == [TrialState.RUNNING, TrialState.COMPLETE]
-    assert search.study.trials[0].intermediate_values == {1: pytest.approx(search.study.trials[0].intermediate_values[1])}
+    assert search.study.trials[0].intermediate_values == {
+        1: pytest.approx(search.study.trials[0].intermediate_values[1])
+    }
 
 
 def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, do_nothing, storage):
@@ -289,7 +291,8 @@ def test_out_of_memory_ends_the_worker_where_all_trials_need_the_same(search, do
 
 
 @pytest.mark.parametrize(
-    "error", [ArtifactError("no space"), OSError(5, "I/O error"), StorageError("away"), ParameterError("B", "at most 16", 99)]
+    "error",
+    [ArtifactError("no space"), OSError(5, "I/O error"), StorageError("away"), ParameterError("B", "at most 16", 99)],
 )
 def test_an_error_of_the_machine_ends_the_worker_and_the_trial_waits(search, do_nothing, storage, error):
     objective = do_nothing()
@@ -396,7 +399,9 @@ def test_a_torn_or_foreign_checkpoint_is_set_aside_and_changes_nothing(storage, 
     study, events = real(storage)
     assert events.count("complete") == 3
     assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
-    assert torch.load(checkpoint.with_name("checkpoint.pt.unusable"), weights_only=True)["identity"]["study"] == "another"
+    assert (
+        torch.load(checkpoint.with_name("checkpoint.pt.unusable"), weights_only=True)["identity"]["study"] == "another"
+    )
 
 
 def test_a_search_killed_again_and_again_comes_to_bitwise_the_same(

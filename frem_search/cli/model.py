@@ -83,7 +83,7 @@ def train(
     from frem_search.data.dataset import load_dataset
     from frem_search.model import check_target, parse_settings, save_weights, settle
     from frem_search.model import train as train_model
-    from frem_search.objective import first_image_size
+    from frem_search.parameters import first_image_size
     from frem_search.space import resolve
     from frem_search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
     from frem_search.study_file import load_study_file

@@ -1,6 +1,7 @@
 """Commands that run a search and look at it: run, worker, status, trials, figures."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from frem_search.cli.options import (
     record_of,
     storage_of,
 )
+from frem_search.errors import UsageError
 
 if TYPE_CHECKING:
     from frem_search.record import StudyRecord
@@ -76,6 +78,9 @@ def run(
     from frem_search.study_file import load_study_file
     from frem_search.worker import open_worker
 
+    if math.isnan(checkpoint_every):
+        message = "--checkpoint-every: expected seconds of at least 0, but got nan."
+        raise UsageError(message)
     study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
     with stop_on_signals() as stop, storage_of(storage) as opened:
         with open_worker(
@@ -128,7 +133,6 @@ def trials(
     $ frem-search trials --study mouse_frem --quick --format csv > trials.csv
     """
     from frem_search.cli.table import trials_csv, trials_table
-    from frem_search.errors import UsageError
     from frem_search.status import trials_json
 
     printers: dict[str, Callable[[StudyRecord], str]] = {

@@ -206,7 +206,7 @@ def check(
 
 def _check(study: str) -> dict[str, Any]:
     from frem_search.errors import UsageError
-    from frem_search.objective import check as check_study
+    from frem_search.parameters import check as check_study
     from frem_search.study_file import load_study_file
 
     try:

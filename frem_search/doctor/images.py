@@ -43,7 +43,7 @@ def study(load_study: "Callable[[], StudyFile | str]", storage: "Storage | None"
         if not dataset_name:
             find_study_file(name)  # raises, with the nearest names
     else:
-        from frem_search.objective import check
+        from frem_search.parameters import check
 
         check(asked)
         dataset_name = asked.dataset
