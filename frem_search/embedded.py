@@ -150,8 +150,9 @@ def _signals_held_back() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for came_number in came:
-        signal.raise_signal(came_number)
+        # Even after a failure: at a terminal, the Ctrl-C that came here ended the starting server too.
+        for came_number in came:
+            signal.raise_signal(came_number)
 
 
 @contextlib.contextmanager

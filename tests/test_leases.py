@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import psycopg2
 import pytest
@@ -210,6 +211,33 @@ def test_a_worker_whose_lease_was_taken_can_change_nothing(storage, other_storag
     assert (stored(storage), lease_row(storage, held)) == before
 
 
+def test_a_claim_waits_for_the_one_before_it(storage, other_storage):
+    mine = make_leases(storage, make_study(storage))
+    others = make_leases(other_storage, make_study(other_storage))
+    has_asked, may_commit, take = threading.Event(), threading.Event(), mine._take
+
+    def take_slowly(*args, **kwargs):
+        has_asked.set()
+        may_commit.wait(10)
+        return take(*args, **kwargs)
+
+    mine._take = take_slowly
+    claimed = []
+    first = threading.Thread(target=lambda: claimed.append(mine.claim()))
+    first.start()
+    assert has_asked.wait(10)
+    second = threading.Thread(target=lambda: claimed.append(others.claim()))
+    second.start()
+    time.sleep(0.3)
+    assert claimed == []
+    may_commit.set()
+    first.join()
+    second.join()
+    assert {type(claim) for claim in claimed} == {Held, str}
+    assert "busy" in claimed
+    assert len(stored(storage)) == 1
+
+
 @pytest.mark.parametrize("max_attempts", [3, 1])
 def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, other_storage, max_attempts):
     mine = make_leases(storage, make_study(storage))
@@ -318,7 +346,8 @@ from frem_search.samplers import make_sampler
 SPACE = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}
 storage = open_storage(sys.argv[1]).__enter__()
 sampler = make_sampler("random", space=SPACE, seed=0, n_startup_trials=4)
-study = optuna.load_study(study_name="study", storage=storage.optuna, sampler=sampler, pruner=optuna.pruners.NopPruner())
+pruner = optuna.pruners.NopPruner()
+study = optuna.load_study(study_name="study", storage=storage.optuna, sampler=sampler, pruner=pruner)
 leases = Leases(storage, study, distributions=SPACE).__enter__()
 """
 
@@ -389,7 +418,7 @@ def test_the_budget_is_exact_with_workers_that_crash(storage, storage_url):
     errors = []
 
     def work(seed):
-        luck = __import__("numpy").random.default_rng(seed)
+        luck = np.random.default_rng(seed)
         try:
             with open_storage(storage_url) as mine:
                 leases = make_leases(mine, make_study(mine, n_trials=25), lease_s=0.3, max_attempts=99)

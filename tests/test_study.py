@@ -149,7 +149,8 @@ from frem_search.study import make_contract, open_study
 from frem_search.study_file import load_study_file
 with open_storage(sys.argv[1]) as storage:
     study_file = load_study_file(sys.argv[2], n_trials=int(sys.argv[3]))
-    contract = make_contract(study_file, precision="fp32", dataset="tiny", dataset_fingerprint="f", class_names=("a", "b"))
+    given = {"precision": "fp32", "dataset": "tiny", "dataset_fingerprint": "f", "class_names": ("a", "b")}
+    contract = make_contract(study_file, **given)
     print("ready", flush=True)
     sys.stdin.readline()
     print(open_study(storage, study_file, contract).uid)

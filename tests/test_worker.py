@@ -216,12 +216,10 @@ def test_a_worker_that_lost_its_trial_goes_on_with_the_next(search, do_nothing, 
     events = []
     worker = search(do_nothing(3, before_epoch=take), n_trials=2, is_stopping=lambda: "waiting" in events)
     for event in worker.work():
-        events.append(event.kind)
+        events.append(event.kind)  # noqa: PERF401 is_stopping looks at it meanwhile
     assert events == ["claimed", "epoch", "epoch", "lost", "claimed", "epoch", "epoch", "epoch", "complete", "waiting"]
     assert [trial.state for trial in search.study.trials] == [TrialState.RUNNING, TrialState.COMPLETE]
-    assert search.study.trials[0].intermediate_values == {
-        1: pytest.approx(search.study.trials[0].intermediate_values[1])
-    }
+    assert list(search.study.trials[0].intermediate_values) == [1]
 
 
 def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, do_nothing, storage):
@@ -234,7 +232,7 @@ def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, d
     events = []
     worker = search(do_nothing(1, before_epoch=take), n_trials=2, is_stopping=lambda: "waiting" in events)
     for event in worker.work():
-        events.append(event.kind)
+        events.append(event.kind)  # noqa: PERF401 is_stopping looks at it meanwhile
     assert events == ["claimed", "lost", "claimed", "epoch", "complete", "waiting"]
 
 
@@ -336,6 +334,14 @@ def one_thread():
 
 
 @pytest.fixture
+def tiny_study(tiny_study):
+    """The tiny study, learning fast enough for its trials to differ in their scores."""
+    text = tiny_study.read_text().replace("batch_size = 4\n", "batch_size = 2\nlearning_rate = 0.01\n")
+    tiny_study.write_text(text)
+    return tiny_study
+
+
+@pytest.fixture
 def real(tiny_study, tmp_path):
     """Run `tiny_study` in a database with the real objective, and give what is left to compare."""
     study_file = load_study_file(str(tiny_study), n_epochs=6)
@@ -409,12 +415,13 @@ def test_a_search_killed_again_and_again_comes_to_bitwise_the_same(
 ):
     command = ["run", "--study", tiny_study, "--device", "cpu", "--n-epochs", 6, "--checkpoint-every", 0]
     luck = np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(2):
         process = start_cli(*command, FREM_SEARCH_STORAGE=storage_url)
         wait_for_epochs(storage, process, more=int(luck.integers(1, 4)))
         time.sleep(float(luck.random()) * 0.03)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
     done = run_cli(*command, "--json", FREM_SEARCH_STORAGE=storage_url)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["states"]["complete"] == 3

@@ -1,8 +1,8 @@
-"""Convolution, normalization, pooling and concatenation of stacked members, with the members' channels side by side.
+"""Layers of stacked members, with the members' channels side by side as a grouped convolution wants them.
 
-torch.vmap has rules of its own for them, but lays each result out anew, splits batch normalization into several passes
-and cannot normalize half-precision features by single-precision statistics. Here images stay (b, h, w, members * c) in
-memory from layer to layer, as a grouped convolution wants them.
+torch.vmap has rules of its own for these functions, but lays each result out anew, splits batch normalization into
+several passes and cannot normalize half-precision features by single-precision statistics. Here features stay
+(b, h, w, members, c) in memory from layer to layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,99 +28,98 @@ class SideBySide(TorchFunctionMode):
 
 
 class _Stacked(torch.autograd.Function):
-    """A function of tensors, and how it is computed for all members at once; autograd goes through the latter."""
+    """A function of tensors and its kernel for all members; gradients are those of what the kernel calls."""
 
     @staticmethod
-    def forward(function: Callable[..., Tensor], _: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def forward(function: Callable[..., Tensor], kernel: object, *tensors: Tensor | None) -> Tensor:  # noqa: ARG004
         """Return the result where no tensor differs between members: of the images alone, which have no gradient."""
         return function(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
         """Keep nothing; PyTorch asks for this method."""
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], _: Any, kernel: Callable[..., Tensor], *tensors: Tensor | None
+        info: Any,
+        in_dims: Sequence[int | None],
+        function: object,
+        kernel: Callable[..., Tensor],
+        *tensors: Any,  # noqa: ARG004
     ) -> tuple[Tensor, int]:
-        """Return the result of all members, and which of its dimensions is theirs."""
-        moved = [
-            t if t is None or dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[2:], strict=True)
-        ]
-        return kernel(info.batch_size, [dim is not None for dim in in_dims[2:]], *moved), 0
+        """Return the result of all members, which is (members, ...)."""
+        n = info.batch_size
+        first = (
+            t if t is None else t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, in_dims[2:], strict=True)
+        )  # fmt: skip
+        return kernel(n, *first), 0
 
 
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    def kernel(n: int, differs: list[bool], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # The same images for all: one convolution to all members' channels, without groups.
-        is_shared = not differs[0] and groups == 1
-        y = torch.conv2d(
-            x if is_shared else _join(_each(x, n, differs[0])),
-            _each(weight, n, differs[1]).flatten(0, 1),
-            None if bias is None else _each(bias, n, differs[2]).flatten(),
-            stride, padding, dilation, 1 if is_shared else n * groups,
-        )  # fmt: skip
-        return _split(y, n)
+    def one(x: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, times * groups)
 
-    return _Stacked.apply(
-        lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups),
-        kernel, x, weight, bias,
-    )  # fmt: skip
+    def kernel(n: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        # Expanded: the same images for all, so that one convolution without groups makes all members' channels.
+        is_shared = x.stride(0) == 0 and groups == 1
+        return _split(one(x[0], weight, bias) if is_shared else one(_join(x), weight, bias, n), n)
+
+    return _apply(one, kernel, x, weight, bias)
 
 
 def _batch_norm(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,  # noqa: FBT001, FBT002 PyTorch's
+    bias: Tensor | None = None, *args: Any, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    def kernel(n: int, differs: list[bool], x: Tensor, *others: Tensor | None) -> Tensor:
+    def one(*tensors: Tensor | None) -> Tensor:
+        return nn.functional.batch_norm(*tensors, *args, **kwargs)  # type: ignore[arg-type]
+
+    def kernel(n: int, x: Tensor, *others: Tensor | None) -> Tensor:
         # view and not flatten: a copy of the running statistics would be updated instead of them.
-        flat = [None if t is None else _each(t, n, d).view(-1) for t, d in zip(others, differs[1:], strict=True)]
-        return _split(nn.functional.batch_norm(_join(_each(x, n, differs[0])), *flat, training, momentum, eps), n)
+        return _split(one(_join(x), *(None if t is None else t.view(-1) for t in others)), n)
 
-    return _Stacked.apply(
-        lambda *tensors: nn.functional.batch_norm(*tensors, training, momentum, eps),
-        kernel, x, running_mean, running_var, weight, bias,
-    )  # fmt: skip
+    return _apply(one, kernel, x, running_mean, running_var, weight, bias)
 
 
-def _max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    def kernel(n: int, _: list[bool], x: Tensor) -> Tensor:
-        return _split(torch.max_pool2d(_join(x), *args, **kwargs), n)
+def _max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def one(x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(x, *args, **kwargs)
 
-    return _Stacked.apply(lambda x: torch.max_pool2d(x, *args, **kwargs), kernel, x)
+    return one(x) if kwargs.get("return_indices") else _apply(one, lambda n, x: _split(one(_join(x)), n), x)
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    if dim != 1 or tensors[0].ndim != 4:
+    def one(*tensors: Tensor) -> Tensor:
         return torch.cat(tensors, dim)
 
-    def kernel(n: int, differs: list[bool], *tensors: Tensor) -> Tensor:
-        each = [_each(t, n, d).permute(1, 3, 4, 0, 2) for t, d in zip(tensors, differs, strict=True)]
-        return torch.cat(each, dim=-1).permute(3, 0, 4, 1, 2)
+    def kernel(_: int, *tensors: Tensor) -> Tensor:
+        return torch.cat([t.permute(1, 3, 4, 0, 2) for t in tensors], dim=-1).permute(3, 0, 4, 1, 2)
 
-    return _Stacked.apply(lambda *tensors: torch.cat(tensors, dim), kernel, *tensors)
+    return _apply(one, kernel, *tensors) if dim == 1 and tensors[0].ndim == 4 else one(*tensors)
 
 
-KERNELS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv2d: _conv2d,
     nn.functional.batch_norm: _batch_norm,
-    torch.max_pool2d: _max_pool2d,
+    nn.functional.max_pool2d: _max_pool2d,
     torch.cat: _cat,
 }
 
 
-def _each(x: Tensor, n: int, differs: bool) -> Tensor:  # noqa: FBT001
-    return x if differs else x.expand(n, *x.shape)
+def _apply(one: Callable[..., Tensor], kernel: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    return _Stacked.apply(one, kernel, *tensors)  # type: ignore[no-untyped-call]
 
 
 def _join(x: Tensor) -> Tensor:
-    """Return (b, n * c, h, w) of (n, b, c, h, w), without a copy if it lies in memory so already."""
+    """Return (b, members * c, h, w) of (members, b, c, h, w), without a copy if it lies in memory so already."""
     return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _split(x: Tensor, n: int) -> Tensor:
-    """Return (n, b, c, h, w) of (b, n * c, h, w), the same memory."""
+    """Return (members, b, c, h, w) of (b, members * c, h, w), the same memory."""
     return x.unflatten(1, (n, -1)).movedim(1, 0)
