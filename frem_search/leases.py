@@ -51,8 +51,14 @@ RENEW = sa.text("""
     UPDATE frem_lease SET expires_at = clock_timestamp() + make_interval(secs => :lease_s), epoch = :epoch
     WHERE trial_id = :trial_id AND token = :token
 """)
-HOLD = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id AND token = :token FOR UPDATE")
-TOLD = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id AND told_token = :token")
+HOLD = sa.text("""
+    SELECT token = :token AS is_held, told_token = :token AS is_told
+    FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE
+""")
+RANKING = sa.text("""
+    SELECT t.number FROM trials t JOIN trial_values v USING (trial_id)
+    WHERE t.study_id = :study_id AND t.state = 'COMPLETE' ORDER BY v.value DESC, t.number LIMIT :most
+""")
 RELEASE = sa.text("""
     UPDATE frem_lease SET token = NULL, reason = :reason, attempts = greatest(attempts - :forgiven, 0)
     WHERE trial_id = :trial_id AND token = :token
@@ -194,10 +200,19 @@ class Leases:
         *,
         state: TrialState,
         value: float | None = None,
+        step: int = 0,
         attrs: Mapping[str, Any],
         curve: Mapping[str, Any] | None = None,
     ) -> None:
-        """Finish a trial: state, value, attributes and curve in one transaction.
+        """Finish a trial: last report, state, value, attributes and curve in one transaction.
+
+        Args:
+            held: The trial.
+            state: How it ended.
+            value: Of a complete trial; that of a pruned one is its last report.
+            step: At which the value is reported too; 0 for not at all.
+            attrs: The trial's user attributes.
+            curve: Its columns.
 
         Raises:
             LeaseLostError: Another worker holds the trial now; nothing was changed.
@@ -205,9 +220,10 @@ class Leases:
 
         def store() -> None:
             with self._storage.transaction() as connection:
-                if connection.execute(TOLD, {"trial_id": held.id, "token": held.token}).first():
+                if self._require(connection, held).is_told:
                     return  # stored before, but the connection was lost before the answer came
-                self._require(connection, held)
+                if value is not None and step > held.reported:
+                    self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
                 self._finish(
                     connection, held.trial, state=state, value=value, attrs=attrs, token=held.token, epoch=held.epoch
                 )
@@ -237,10 +253,14 @@ class Leases:
         except StorageError:
             return  # the lease runs out by itself
 
-    def ranking(self) -> list[int]:
-        """Return the numbers of the complete trials, best first."""
-        trials = self._storage.retrying(lambda: self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-        return [trial.number for trial in sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))]
+    def ranking(self, *, most: int) -> list[int]:
+        """Return the numbers of the best complete trials, best first."""
+
+        def read() -> list[int]:
+            with self._storage.engine.connect() as connection:
+                return list(connection.execute(RANKING, {"study_id": self._study_id, "most": most}).scalars())
+
+        return self._storage.retrying(read)
 
     def _claim(self) -> Held | Literal["spent", "busy"]:
         with self._storage.transaction() as connection:
@@ -312,13 +332,15 @@ class Leases:
             connection, trial, state=TrialState.FAIL, value=None, attrs={"reason": reason}, token=None, epoch=0
         )
 
-    def _require(self, connection: sa.Connection, held: Held) -> None:
-        """Lock the lease's row: until the transaction ends nobody can take the trial."""
-        if connection.execute(HOLD, {"trial_id": held.id, "token": held.token}).first() is None:
+    def _require(self, connection: sa.Connection, held: Held) -> Any:
+        """Lock the lease's row, so that until the transaction ends nobody can take the trial; return the row."""
+        row = connection.execute(HOLD, {"trial_id": held.id, "token": held.token}).first()
+        if row is None or not (row.is_held or row.is_told):
             held.is_lost = True
             self._held.pop(held.id, None)
             message = f"trial {held.number}: another worker holds it now, so this worker lets go of it."
             raise LeaseLostError(message)
+        return row
 
     def _finish(
         self,
@@ -331,10 +353,14 @@ class Leases:
         token: str | None,
         epoch: int,
     ) -> None:
+        # Not by trial and study, which would read the whole trial again for each of these.
+        storage, trial_id = self._storage.optuna, trial._trial_id
         for key, attr in attrs.items():
-            trial.set_user_attr(key, attr)
-        self._study.tell(trial, value, state=state)
-        connection.execute(FINISH, {"trial_id": trial._trial_id, "token": token, "epoch": epoch})
+            storage.set_trial_user_attr(trial_id, key, attr)
+        if state is TrialState.PRUNED and (reports := storage.get_trial(trial_id).intermediate_values):
+            value = reports[max(reports)]
+        storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+        connection.execute(FINISH, {"trial_id": trial_id, "token": token, "epoch": epoch})
 
     def _renew_until_stopped(self) -> None:
         pause_s = self._lease_s / 6

@@ -201,11 +201,10 @@ class Worker:
 
     def _complete(self, held: Held) -> TrialEvent:
         outcome = self._objective.finish(held.number)
-        self._leases.report(held, outcome.score, step=self._n_epochs)
         self._tell(held, TrialState.COMPLETE, {"result": outcome.result}, value=outcome.score)
         # A few more than the one that fell out of the best, in case another worker finished at the same time.
-        ranking = self._leases.ranking()
-        for number in {held.number, *ranking[: 2 * KEPT_WEIGHTS]}.difference(ranking[:KEPT_WEIGHTS]):
+        ranking = self._leases.ranking(most=2 * KEPT_WEIGHTS)
+        for number in {held.number, *ranking}.difference(ranking[:KEPT_WEIGHTS]):
             self._objective.discard(number, weights=True)
         return TrialEvent("complete", held.number, value=outcome.score)
 
@@ -233,7 +232,8 @@ class Worker:
     def _tell(self, held: Held, state: TrialState, attrs: Mapping[str, Any], *, value: float | None = None) -> None:
         provenance = self._objective.provenance(held.number)
         curve = self._objective.member(held.number).curve
-        self._leases.tell(held, state=state, value=value, attrs={**attrs, "provenance": provenance}, curve=curve)
+        attrs = {**attrs, "provenance": provenance}
+        self._leases.tell(held, state=state, value=value, step=self._n_epochs, attrs=attrs, curve=curve)
         self._objective.discard(held.number, weights=False)
 
 

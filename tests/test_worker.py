@@ -88,11 +88,9 @@ def test_what_happens_in_a_search(search, storage):
 
 
 @pytest.mark.parametrize("n_epochs", [1, 3, 49, 50, 51, 99, 100, 101, 149, 2000])
-def test_at_most_fifty_reports_of_a_trial_and_one_of_its_end(search, do_nothing, monkeypatch, n_epochs):
-    objective, steps = do_nothing(n_epochs), []
-    worker = search(objective, n_trials=1)
-    monkeypatch.setattr(search.leases, "report", lambda held, value, *, step: steps.append(step))
-    list(worker.work())
+def test_at_most_fifty_reports_of_a_trial_and_one_of_its_end(search, do_nothing, n_epochs):
+    list(search(do_nothing(n_epochs), n_trials=1).work())
+    steps = list(search.study.trials[0].intermediate_values)
     assert len(steps) <= MOST_REPORTS == 50
     assert len(steps) >= min(n_epochs, 25)
     assert steps[-1] == n_epochs

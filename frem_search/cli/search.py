@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +96,8 @@ def run(
             if n_trials is not None and n_trials < before.n_trials:
                 note = f"{before.name}: the budget stays {before.n_trials} trials; it can be raised, not lowered."
                 typer.echo(note, err=True)
-            show_progress(worker.work(), before)
+            with closing(worker.work()) as events:  # whatever happens, the trial is let go before the database is
+                show_progress(events, before)
         record = read_record(opened, study_file.name, has_curves=False)
     typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
     if stop():

@@ -43,9 +43,9 @@ class _Stacked(torch.autograd.Function):
     def vmap(
         info: Any,
         in_dims: Sequence[int | None],
-        function: object,
+        function: object,  # noqa: ARG004
         kernel: Callable[..., Tensor],
-        *tensors: Any,  # noqa: ARG004
+        *tensors: Any,
     ) -> tuple[Tensor, int]:
         """Return the result of all members, which is (members, ...)."""
         n = info.batch_size
