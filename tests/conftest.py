@@ -17,6 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
+# Before torch is imported: tests run side by side, and threads that wait for each other would burn both cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 REPOSITORY = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'frem-search'; from frem_search.cli import main; main()")
 USUAL_HOMES = (Path("/var/lib/frem-search"), Path("~/.local/share/frem-search").expanduser())
