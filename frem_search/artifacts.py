@@ -1,6 +1,9 @@
 """Checkpoints, weights and predictions of trials under one URL: a folder, or any storage that fsspec knows."""
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -32,6 +35,20 @@ class Artifacts:
         self._root = f"{root.rstrip('/')}/{prefix}"
         self._is_local = "file" in self._files.protocol
 
+    def check(self) -> None:
+        """Write, read and remove a file, so that a place that cannot be used is told before anything is trained.
+
+        Raises:
+            ArtifactError: It cannot be used.
+        """
+        name, content = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        self.write(name, content)
+        found = self.read(name)
+        self.remove(name)
+        if found != content:
+            message = f"{self.url(name)}: what was written is not what is read. Set FREM_SEARCH_ARTIFACTS elsewhere."
+            raise ArtifactError(message)
+
     def url(self, name: str) -> str:
         """Return where a file lies, for messages and other tools."""
         return (
@@ -45,18 +62,11 @@ class Artifacts:
             ArtifactError: It cannot be written, for example because the disk is full.
         """
         path = f"{self._root}/{name}"
-        try:
+        with self._told(name, f"written ({len(content)} bytes)"):
             if self._is_local:
                 write_atomically(Path(path), content)
             else:
                 self._files.pipe_file(path, content)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            message = (
-                f"{self.url(name)}: cannot be written ({len(content)} bytes): {reason}. "
-                "Free space, or set FREM_SEARCH_ARTIFACTS to another folder, and run the same command again."
-            )
-            raise ArtifactError(message) from None
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or nothing if there is no such file.
@@ -64,29 +74,35 @@ class Artifacts:
         Raises:
             ArtifactError: It is there and cannot be read.
         """
-        try:
+        with self._told(name, "read"), suppress(FileNotFoundError):
             return bytes(self._files.cat_file(f"{self._root}/{name}"))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            message = f"{self.url(name)}: cannot be read: {error.strerror or error}."
-            raise ArtifactError(message) from None
+        return None
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
-        try:
+        with self._told(name, "removed"), suppress(FileNotFoundError):
             self._files.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            message = f"{self.url(name)}: cannot be removed: {error.strerror or error}."
-            raise ArtifactError(message) from None
 
     def set_aside(self, name: str) -> None:
         """Keep a file that cannot be used under another name, so that it can be looked at."""
-        self._files.mv(f"{self._root}/{name}", f"{self._root}/{name}.unusable")
+        with self._told(name, "renamed"):
+            self._files.mv(f"{self._root}/{name}", f"{self._root}/{name}.unusable")
 
     def remove_all(self) -> None:
         """Remove everything of this study."""
-        if self._files.exists(self._root):
-            self._files.rm(self._root, recursive=True)
+        with self._told("", "removed"):
+            if self._files.exists(self._root):
+                self._files.rm(self._root, recursive=True)
+
+    @contextmanager
+    def _told(self, name: str, action: str) -> Iterator[None]:
+        """Tell every failure by file and remedy; fsspec's drivers raise whatever their own libraries do."""
+        try:
+            yield
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            message = (
+                f"{self.url(name)}: cannot be {action}: {reason}. Free space, mend the permissions or credentials, or "
+                "set FREM_SEARCH_ARTIFACTS to another place, and run the same command again."
+            )
+            raise ArtifactError(message) from error

@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from frem_search.data.dataset import Dataset, load_dataset
-from frem_search.errors import DatasetError, UsageError
+from frem_search.errors import ContractError, DatasetError, UsageError
 from frem_search.training.device import find_device
 from frem_search.training.evaluate import score_images
 from frem_search.training.weights import Weights
@@ -53,6 +53,7 @@ def evaluate(
     Raises:
         UsageError: There is no such part.
         DatasetError: The dataset is missing, the part is empty, or channels or classes are others than the network's.
+        ContractError: The dataset has the name of the one trained on, but other content.
     """
     if part not in get_args(PartName):
         message = f"--part: expected one of {', '.join(get_args(PartName))}, but got {part!r}."
@@ -66,6 +67,7 @@ def evaluate(
         message = f"The weights were trained on {weights.dataset}: {error} Give its folder with --dataset."
         raise DatasetError(message) from None
     check_fit(weights, loaded)
+    check_content(weights, loaded)
     fold = weights.fold if fold is None else fold
     indices = loaded.indices(cast(PartName, part), fold=fold)
     if not len(indices):
@@ -104,3 +106,19 @@ def check_fit(weights: Weights, dataset: Dataset) -> None:
             "same, rename them in its dataset.json."
         )
         raise DatasetError(message)
+
+
+def check_content(weights: Weights, dataset: Dataset) -> None:
+    """Raise if a dataset passes for the one that a network was trained on; one of another name may be scored.
+
+    Raises:
+        ContractError: It has that one's name, but other images, labels or folds.
+    """
+    if dataset.name == weights.dataset and dataset.fingerprint != weights.dataset_fingerprint:
+        message = (
+            f"{dataset.folder}: expected {weights.dataset} as the network was trained on it (fingerprint "
+            f"{weights.dataset_fingerprint[:12]}), but its images, labels or folds are others now "
+            f"({dataset.fingerprint[:12]}). Give the folder of the former with --dataset; to score the others, rename "
+            "their folder."
+        )
+        raise ContractError(message)

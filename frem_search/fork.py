@@ -19,7 +19,7 @@ from frem_search.objective import PREDICTIONS, WEIGHTS
 from frem_search.parameters import TrainingParams, check, first_image_size
 from frem_search.record import StudyRecord, read_record
 from frem_search.space import Choice, Fixed, Param, Space, distributions, resolve, space_from_json
-from frem_search.study import artifacts_prefix, make_contract
+from frem_search.study import artifacts_prefix, hold_study, make_contract, write_attrs
 from frem_search.study_file import StudyFile
 
 if TYPE_CHECKING:
@@ -230,27 +230,15 @@ def _store(
     uid: str,
     source: StudyRecord,
 ) -> None:
-    attrs = {
-        "contract": dict(contract),
-        "title": study_file.title,
-        "study_file": study_file.text,
-        "uid": uid,
-        "n_trials": study_file.n_trials,
-        "forked_from": {"study": source.name, "uid": source.uid},
-    }
     with storage.transaction() as connection:
-        # The lock under which `open_study` makes a study.
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": study_file.name})
-        study = optuna.create_study(
-            storage=storage.optuna, study_name=study_file.name, direction="maximize", load_if_exists=True
-        )
+        study = hold_study(storage, connection, study_file.name)
         stored = study.user_attrs
         if stored.get("uid") == uid:
             return  # stored before, but the connection was lost before the answer came
         if stored:
             raise UsageError(_exists(study_file))
-        for key, value in attrs.items():
-            study.set_user_attr(key, value)
+        origin = {"study": source.name, "uid": source.uid}
+        write_attrs(study, study_file, contract, uid=uid, forked_from=origin)
         study_id = study._study_id  # Optuna has no public name for it
         for trial, template in plan.trials:
             new_id = storage.optuna.create_new_trial(study_id, template_trial=template)

@@ -67,6 +67,9 @@ CHECKPOINTED = sa.text("""
     UPDATE frem_lease SET attempts = 0, checkpoint_epoch = :epoch, epoch = :epoch
     WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
 """)
+RESUMED = sa.text("""
+    UPDATE frem_lease SET checkpoint_epoch = :epoch, epoch = :epoch WHERE trial_id = :trial_id AND token = :token
+""")
 FINISH = sa.text("""
     UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)
     WHERE trial_id = :trial_id
@@ -178,6 +181,20 @@ class Leases:
         return self._storage.retrying(
             lambda: self._study.pruner.prune(self._study, self._storage.optuna.get_trial(held.id))
         )
+
+    def resumed(self, held: Held) -> None:
+        """Note where the trial really goes on: an unusable checkpoint must not hide that later ones advance.
+
+        Raises:
+            LeaseLostError: Another worker holds the trial now.
+        """
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                self._require(connection, held)
+                connection.execute(RESUMED, {"trial_id": held.id, "token": held.token, "epoch": held.epoch})
+
+        self._storage.retrying(store)
 
     def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
         """Note that a checkpoint at `epoch` is stored, with the curve up to it.

@@ -23,7 +23,7 @@ from frem_search.parameters import first_image_size, searches_shapes, split_para
 from frem_search.study_file import StudyFile
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
-from frem_search.training.device import describe_device
+from frem_search.training.device import describe_device, make_repeatable
 from frem_search.training.evaluate import predict
 from frem_search.training.fit import fit
 from frem_search.training.member import EpochReport, Member
@@ -75,6 +75,7 @@ class Objective:
         self._datasets = {first_image_size(study_file): dataset}
         self._cohorts: dict[Any, Cohort] = {}
         self._params: dict[int, dict[str, Any]] = {}
+        make_repeatable(device)
 
     @property
     def seed(self) -> int:
@@ -84,6 +85,10 @@ class Objective:
     def admit(self, number: int, params: Mapping[str, Any]) -> Member:
         """Build a trial's network and bring it to its last checkpoint, if there is one that can be used."""
         split = split_params(self._file, params)
+        stored = self._artifacts.read(f"{number}/{CHECKPOINT}")
+        if self._device.type == "cuda":
+            # Else the peak of one trial would be that of the largest before it.
+            torch.cuda.reset_peak_memory_stats(self._device)
         with self._memory_errors():
             cohort = self._cohort(split.training.image_size)
             network = build_network(
@@ -102,9 +107,10 @@ class Objective:
                 n_epochs=self._file.n_epochs,
                 has_augmentation=split.training.augmentation,
             )
+            identity = self._identity(number, params)
+            is_usable = stored is None or load_checkpoint(member, stored, identity=identity)
         self._params[number] = dict(params)
-        stored = self._artifacts.read(f"{number}/{CHECKPOINT}")
-        if stored is not None and not load_checkpoint(member, stored, identity=self._identity(number)):
+        if not is_usable:
             self._artifacts.set_aside(f"{number}/{CHECKPOINT}")
         cohort.admit(member)
         return member
@@ -125,7 +131,7 @@ class Objective:
 
     def save_checkpoint(self, number: int) -> None:
         """Store where a trial is."""
-        content = dump_checkpoint(self.member(number), identity=self._identity(number))
+        content = dump_checkpoint(self.member(number), identity=self._identity(number, self._params[number]))
         self._artifacts.write(f"{number}/{CHECKPOINT}", content)
 
     def finish(self, number: int) -> Outcome:
@@ -164,6 +170,7 @@ class Objective:
             "device": describe_device(self._device),
             "host": platform.node(),
             "precision": self._precision,
+            "seed": self.seed,
             "cohort": 1,
             "seconds": round(sum(member.curve["seconds"]), 3),
             "images": member.epoch * n_images,
@@ -176,8 +183,9 @@ class Objective:
 
     def discard(self, number: int, *, weights: bool) -> None:
         """Remove a finished trial's checkpoint, and its weights too if they are not wanted."""
-        for name in (CHECKPOINT, WEIGHTS)[: 1 + weights]:
-            self._artifacts.remove(f"{number}/{name}")
+        self._artifacts.remove(f"{number}/{CHECKPOINT}")
+        if weights:
+            self._artifacts.remove(f"{number}/{WEIGHTS}")
 
     @property
     def searches_shapes(self) -> bool:
@@ -197,6 +205,8 @@ class Objective:
 
     def _cohort(self, image_size: Any) -> Cohort:
         if image_size not in self._cohorts:
+            # Before the next images are loaded: the device may not have room for two sizes.
+            self._cohorts = {size: cohort for size, cohort in self._cohorts.items() if cohort.members}
             self._cohorts[image_size] = Cohort(
                 self._load(image_size),
                 loss=self._file.loss,
@@ -215,12 +225,12 @@ class Objective:
     def _cohort_of(self, number: int) -> Cohort:
         return next(cohort for cohort in self._cohorts.values() if number in cohort.members)
 
-    def _identity(self, number: int) -> dict[str, Any]:
-        params = json.dumps(self._params[number], sort_keys=True, default=list)
+    def _identity(self, number: int, params: Mapping[str, Any]) -> dict[str, Any]:
+        spelled = json.dumps(dict(params), sort_keys=True, default=list)
         return {
             "study": self._study_uid,
             "number": number,
-            "params": hashlib.sha256(params.encode()).hexdigest(),
+            "params": hashlib.sha256(spelled.encode()).hexdigest(),
             "precision": self._precision,
             "n_epochs": self._file.n_epochs,
         }
@@ -240,6 +250,7 @@ class Objective:
                 class_names=self._dataset.class_names,
                 image_size=split.training.image_size,
                 dataset=self._dataset.name,
+                dataset_fingerprint=self._dataset.fingerprint,
                 fold=self._file.fold,
                 score=self._file.score,
                 precision=self._precision,

@@ -120,11 +120,16 @@ def _check_coefficients(study_file: StudyFile) -> None:
     given = sorted(set(study_file.space) & set(LOSSES[study_file.loss].coefficients))
     if not given:
         return
-    params = next(corners(study_file.space))
-    split = split_params(study_file, params)
-    network = build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network)
-    if network(torch.zeros(2, 1, 32, 32)).auxiliary is None:
-        raise ParameterError(given[0], "a network with an auxiliary output (supervision = true)", params[given[0]])
+    tried = []
+    for params in corners(study_file.space):
+        kind = {name: value for name, value in params.items() if isinstance(value, bool | str)}
+        if kind in tried:  # numbers do not decide which outputs a network has
+            continue
+        tried.append(kind)
+        split = split_params(study_file, params)
+        network = build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network)
+        if network(torch.zeros(2, 1, 32, 32)).auxiliary is None:
+            raise ParameterError(given[0], "a network with an auxiliary output (supervision = true)", kind)
 
 
 def searches_shapes(study_file: StudyFile) -> bool:

@@ -68,7 +68,7 @@ def rerun(
     if trial.state != "complete" or trial.value is None:
         message = f"{record.name}: trial {trial.number} is {trial.state}, but only a complete trial can be repeated."
         raise UsageError(message)
-    settled = settle(stored_study_file(record, dataset=dataset), trial_params(record, trial))
+    settled = settle(stored_study_file(record, trial, dataset=dataset), trial_params(record, trial))
     loaded = matching_dataset(record, settled)
     trained = train(settled, loaded, device=device, on_epoch=on_epoch)
     then, now = trial.user_attrs.get("provenance", {}), trained.provenance

@@ -1,10 +1,12 @@
-"""Ctrl-C and SIGTERM: the first asks to stop at the next good moment, the second stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks to stop at the next good moment, the second stops at once."""
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -23,14 +25,30 @@ class StopRequest:
             raise KeyboardInterrupt
         self._is_requested = True
         name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: stopping after this epoch; once more to stop at once. No trial is lost.\n")
+        told = f"\n{name}: stopping after this epoch; once more to stop at once. No trial is lost.\n"
+        _tell(told.encode())
+
+
+def _tell(message: bytes) -> None:
+    # Not sys.stderr: a signal may come while that is being written to, and a buffer refuses to be entered twice.
+    try:
+        os.write(2, message)
+    except OSError:
+        # The terminal has gone with its session; what is shown during the last epoch must not fail on it.
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123 no path
+            os.dup2(nowhere.fileno(), 2)
+
+
+def _handled() -> list[signal.Signals]:
+    # nohup ignores SIGHUP so that a command outlives its session.
+    return [n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle Ctrl-C and SIGTERM by a `StopRequest` as long as the block runs."""
+    """Handle Ctrl-C, SIGTERM and SIGHUP by a `StopRequest` as long as the block runs."""
     stop = StopRequest()
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop.handle) for number in _handled()}
     try:
         yield stop
     finally:
@@ -38,10 +56,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM end a command as Ctrl-C does, so that it cleans up: an embedded database is not left behind."""
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up: no embedded database is left behind."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 a signal handler's arguments
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in _handled():
+        if number != signal.SIGINT:
+            signal.signal(number, interrupt)

@@ -64,9 +64,16 @@ def stored_weights(record: StudyRecord, trial: TrialRecord, *, artifacts: str | 
     return load_weights(content, where=stored.url(name))
 
 
-def stored_study_file(record: StudyRecord, *, dataset: str) -> StudyFile:
-    """Return a study as it was begun, whatever its file says today, in the precision that it was begun with."""
+def stored_study_file(record: StudyRecord, trial: TrialRecord, *, dataset: str) -> StudyFile:
+    """Return a study as it was begun, whatever its file says today, with the precision and seed of one of its trials.
+
+    Args:
+        record: The study.
+        trial: Its seed is another than the study's where a fork copied it from a study with another one.
+        dataset: Name or folder of the images.
+    """
     contract = record.contract
+    seed = trial.user_attrs.get("provenance", {}).get("seed", contract["seed"])
     return StudyFile(
         name=record.name,
         path=Path(record.name),
@@ -81,7 +88,7 @@ def stored_study_file(record: StudyRecord, *, dataset: str) -> StudyFile:
         score=contract["score"],
         fold=contract["fold"],
         precision=contract["precision"],
-        sampler=Sampler(contract["sampler"], contract["seed"], contract["n_startup_trials"]),
+        sampler=Sampler(contract["sampler"], seed, contract["n_startup_trials"]),
     )
 
 

@@ -14,6 +14,7 @@ from frem_search.study_file import StudyFile
 
 if TYPE_CHECKING:
     import optuna
+    from sqlalchemy import Connection
 
     from frem_search.storage import Storage
 
@@ -80,9 +81,6 @@ def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str,
     Raises:
         ContractError: The stored study was begun with other settings; nothing is changed.
     """
-    import optuna
-    import sqlalchemy as sa
-
     from frem_search.pruners import make_pruner
     from frem_search.samplers import make_sampler
 
@@ -97,36 +95,60 @@ def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str,
 
     def create_or_join() -> tuple["optuna.Study", dict[str, Any]]:
         with storage.transaction() as connection:
-            # One process at a time makes the study, and it is there with its contract or not at all.
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": study_file.name})
-            study = optuna.create_study(
-                storage=storage.optuna,
-                study_name=study_file.name,
-                direction="maximize",
-                sampler=sampler,
-                pruner=pruner,
-                load_if_exists=True,
-            )
+            study = hold_study(storage, connection, study_file.name, sampler=sampler, pruner=pruner)
             stored = study.user_attrs
             if "contract" not in stored:
                 _refuse_foreign(study)
-                fresh = {
-                    "contract": dict(contract),
-                    "title": study_file.title,
-                    "study_file": study_file.text,
-                    "uid": uuid.uuid4().hex,
-                    "n_trials": study_file.n_trials,
-                }
-                for key, value in fresh.items():
-                    study.set_user_attr(key, value)
-                return study, fresh
-            if stored["contract"] == contract and study_file.n_trials > stored["n_trials"]:
+                return study, write_attrs(study, study_file, contract, uid=uuid.uuid4().hex)
+            is_same = stored["contract"] == _followed(study_file, contract, stored["contract"])
+            if is_same and study_file.n_trials > stored["n_trials"]:
                 study.set_user_attr("n_trials", study_file.n_trials)
             return study, stored
 
     study, stored = storage.retrying(create_or_join)
+    contract = _followed(study_file, contract, stored["contract"])
     _compare(study_file.name, stored["contract"], contract)
     return OpenStudy(study_file, storage, study, stored["contract"], stored["uid"])
+
+
+def hold_study(storage: "Storage", connection: "Connection", name: str, **of_study: Any) -> "optuna.Study":
+    """Return the study of a name, made if there is none; until the transaction ends no other process makes one.
+
+    Args:
+        storage: The database.
+        connection: Of the transaction.
+        name: The study's.
+        of_study: Sampler and pruner, for `optuna.create_study`.
+    """
+    import optuna
+    import sqlalchemy as sa
+
+    connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": name})
+    return optuna.create_study(
+        storage=storage.optuna, study_name=name, direction="maximize", load_if_exists=True, **of_study
+    )
+
+
+def write_attrs(
+    study: "optuna.Study", study_file: StudyFile, contract: Mapping[str, Any], *, uid: str, **others: Any
+) -> dict[str, Any]:
+    """Store what a new study is begun with, and return it."""
+    attrs = {
+        "contract": dict(contract),
+        "title": study_file.title,
+        "study_file": study_file.text,
+        "uid": uid,
+        "n_trials": study_file.n_trials,
+    } | others
+    for key, value in attrs.items():
+        study.set_user_attr(key, value)
+    return attrs
+
+
+def _followed(study_file: StudyFile, contract: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contract, with the stored precision where the file leaves the choice open."""
+    precision = stored["precision"] if study_file.precision == "auto" else contract["precision"]
+    return {**contract, "precision": precision}
 
 
 def _refuse_foreign(study: "optuna.Study") -> None:

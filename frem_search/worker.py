@@ -1,7 +1,8 @@
 """Take trials of a study until its budget is spent."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,13 +12,13 @@ from optuna.trial import TrialState
 
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
-from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError
+from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError, ParameterError
 from frem_search.leases import Held, Leases
 from frem_search.objective import Objective, Outcome
 from frem_search.parameters import check, first_image_size
 from frem_search.space import Space, distributions, resolve
 from frem_search.storage import Storage
-from frem_search.study import OpenStudy, make_contract, open_study, stored_contract
+from frem_search.study import OpenStudy, make_contract, open_study
 from frem_search.study_file import StudyFile
 from frem_search.training.device import best_precision, describe_device, find_device
 from frem_search.training.member import EpochReport, Member
@@ -110,7 +111,7 @@ class Worker:
         self._checkpoint_every_s = checkpoint_every_s
         self._errors_in_a_row = 0
 
-    def work(self) -> Iterator[TrialEvent]:
+    def work(self) -> Generator[TrialEvent, None, None]:
         """Take trials until the budget is spent or the worker is asked to stop."""
         while not self._is_stopping():
             held = self._leases.claim()
@@ -147,6 +148,8 @@ class Worker:
         except (KeyboardInterrupt, GeneratorExit):
             self._leases.release(held, reason="stopped")
             raise
+        except ParameterError as error:  # of an enqueued trial, say: no other worker could train it either
+            yield self._fail(held, error)
         except DeviceMemoryError as error:
             yield self._out_of_memory(held, error)
         except (FremSearchError, OSError) as error:
@@ -159,10 +162,13 @@ class Worker:
     def _run(self, held: Held) -> Iterator[TrialEvent]:
         """Train an admitted trial epoch by epoch."""
         held.epoch = self._objective.member(held.number).epoch
+        if held.is_adopted:
+            self._leases.resumed(held)
         if held.is_adopted and held.reported and self._leases.should_prune(held):
             yield self._prune(held, BELOW_OTHERS)
             return
-        saved_at = time.monotonic()
+        # An adopted trial is stored after its first epoch: one that is killed again and again still advances.
+        saved_at = -math.inf if held.is_adopted else time.monotonic()
         for report in self._objective.epochs():
             held.epoch = report.epoch
             yield TrialEvent("epoch", held.number, report=report)
@@ -218,6 +224,7 @@ class Worker:
             self._leases.release(held, reason=str(error))
             raise error
         self._leases.tell(held, state=TrialState.PRUNED, attrs={"reason": str(error)})
+        self._objective.discard(held.number, weights=False)
         return TrialEvent("pruned", held.number, reason=str(error))
 
     def _fail(self, held: Held, error: Exception) -> TrialEvent:
@@ -225,6 +232,7 @@ class Worker:
         reason = f"{type(error).__name__}: {error}"
         self._errors_in_a_row += 1
         self._leases.tell(held, state=TrialState.FAIL, attrs={"reason": reason})
+        self._objective.discard(held.number, weights=False)
         if self._errors_in_a_row >= MOST_ERRORS_IN_A_ROW:
             raise error
         return TrialEvent("failed", held.number, reason=reason)
@@ -262,17 +270,15 @@ def open_worker(
     chosen = find_device(device)
     dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
     dataset.indices("train", fold=study_file.fold)
-    study = open_study(
-        storage,
+    Artifacts(artifacts, "").check()
+    contract = make_contract(
         study_file,
-        make_contract(
-            study_file,
-            precision=choose_precision(study_file, stored_contract(storage, study_file.name), best_precision(chosen)),
-            dataset=dataset.name,
-            dataset_fingerprint=dataset.fingerprint,
-            class_names=dataset.class_names,
-        ),
+        precision=best_precision(chosen) if study_file.precision == "auto" else study_file.precision,
+        dataset=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        class_names=dataset.class_names,
     )
+    study = open_study(storage, study_file, contract)
     objective = Objective(
         study_file,
         dataset,
@@ -296,10 +302,3 @@ def open_worker(
                 checkpoint_every_s=checkpoint_every_s,
             ),
         )
-
-
-def choose_precision(study_file: StudyFile, stored: Mapping[str, Any] | None, best: str) -> str:
-    """Return the precision of a study: the file's, else the one it was begun with, else the device's best."""
-    if study_file.precision != "auto":
-        return study_file.precision
-    return str(stored["precision"]) if stored else best

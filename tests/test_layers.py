@@ -8,6 +8,7 @@ from frem_search.errors import ParameterError
 from frem_search.layers.batch_renorm import BatchRenorm
 from frem_search.layers.double_conv import NORMALIZATIONS, DoubleConv
 from frem_search.layers.feature_enhancement import FeatureEnhancement
+from frem_search.layers.resize import resize_bilinear
 from frem_search.layers.squeeze_excite import SqueezeExcite
 from frem_search.layers.up_conv import UpConv
 
@@ -237,3 +238,16 @@ def test_batch_renorm_stays_in_half_precision_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(images(2, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert layer.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (48, 64)), ((1, 1), (4, 2)), ((5, 7), (9, 7)), ((8, 6), (3, 5))])
+def test_resizing_equals_interpolate_and_so_does_its_gradient(shapes):
+    (height, width), size = shapes
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    results = [resize_bilinear(x, size), nn.functional.interpolate(x, size=size, mode="bilinear")]
+    gradients = [torch.autograd.grad((result * weight).sum(), x)[0] for result in results]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    stacked = torch.stack([x, 2 * x])
+    torch.testing.assert_close(vmap(lambda x: resize_bilinear(x, size))(stacked)[1], 2 * results[0])

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from frem_search.prediction import overlay, predict_files, predict_image
 from frem_search.rerun import repeat_lines, rerun
 from frem_search.stored_trial import find_trial, stored_study_file, stored_weights, trial_params
 from frem_search.study_file import load_study_file
-from frem_search.training.weights import dump_weights, load_weights, read_weights
+from frem_search.training.weights import FORMAT, dump_weights, load_weights, read_weights
 
 SETTINGS = {"B": 4, "X": 100.0}
 SMALL_STUDY = """
@@ -188,7 +189,7 @@ def test_file_that_is_no_whole_weights_file_is_named(weights, tmp_path, kind):
         "other_format": saved(fields | {"format": 99}),
         "other_network": saved(fields | {"network": "unte"}),
         "shapes": saved(fields | {"in_channels": 3}),
-        "code": saved({"format": 1, "weights": Stranger(tmp_path / "made")}),
+        "code": saved({"format": FORMAT, "weights": Stranger(tmp_path / "made")}),
     }[kind]
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
@@ -245,7 +246,7 @@ def test_predictions_are_those_that_the_trial_left(record, tiny_dataset, artifac
 def test_trial_trained_from_what_is_stored_has_the_trials_weights(record, tiny_dataset, artifacts):
     trial = find_trial(record, "best")
     kept = stored_weights(record, trial, artifacts=artifacts)
-    again = settle(stored_study_file(record, dataset=str(tiny_dataset)), trial_params(record, trial))
+    again = settle(stored_study_file(record, trial, dataset=str(tiny_dataset)), trial_params(record, trial))
     content = train(again, load_dataset(str(tiny_dataset), image_size=32), device="cpu").weights
     assert_equal(load_weights(content, where="here"), dataclasses.replace(kept, trial=None))
 
@@ -278,9 +279,18 @@ def test_rerun_under_other_conditions_tells_them_and_is_no_fault(record, tiny_da
     assert f"  torch: 2.0 then, {torch.__version__} now" in repeat_lines(repeat)
 
 
-def test_rerun_refuses_other_images_than_the_studys(record, tiny_dataset, tmp_path):
-    import shutil
+def test_trial_of_another_seed_than_its_studys_is_repeated_with_its_own(record, tiny_dataset):
+    # As `study fork` leaves it: the trial was trained with seed 0, new ones of this study would be with seed 7.
+    forked = dataclasses.replace(record, contract=record.contract | {"seed": 7})
+    trial = record.trials[0]
+    assert trial.user_attrs["provenance"]["seed"] == 0
+    repeat = rerun(forked, trial, dataset=str(tiny_dataset), device="cpu")
+    assert (repeat.repeated, dict(repeat.differing)) == (trial.value, {})
+    older = dataclasses.replace(trial, user_attrs={})
+    assert stored_study_file(forked, older, dataset=str(tiny_dataset)).sampler.seed == 7
 
+
+def test_rerun_refuses_other_images_than_the_studys(record, tiny_dataset, tmp_path):
     other = tmp_path / "tiny"
     shutil.copytree(tiny_dataset, other)
     write_image(other / "imagesTr" / "case00_0000.png", random_image(32, 32))
@@ -312,6 +322,15 @@ def test_dataset_of_other_classes_or_channels_is_refused(weights, tiny_dataset):
         description.write_text(before)
     with pytest.raises(DatasetError, match=r"expected images of 3 channel\(s\)"):
         evaluate(dataclasses.replace(weights, in_channels=3), dataset=str(tiny_dataset), device="cpu")
+
+
+def test_dataset_of_the_trained_name_with_other_images_is_refused(weights, tiny_dataset, tmp_path):
+    for name in ("tiny", "other"):
+        shutil.copytree(tiny_dataset, tmp_path / name)
+        write_image(tmp_path / name / "imagesTr" / "case00_0000.png", random_image(32, 32))
+    with pytest.raises(ContractError, match=r"tiny: expected tiny as the network was trained on it .* with --dataset"):
+        evaluate(weights, dataset=str(tmp_path / "tiny"), device="cpu")
+    assert evaluate(weights, dataset=str(tmp_path / "other"), device="cpu").dataset == "other"
 
 
 def test_part_or_fold_that_is_not_there_is_refused(weights, tiny_dataset):

@@ -1,10 +1,12 @@
 """The objective: what it refuses before the first trial, and what a trial leaves behind."""
 
 import errno
+import gc
 import json
 import os
 import platform
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -351,6 +353,7 @@ def test_provenance_says_how_a_trial_was_trained(make_objective):
     assert provenance["device"] == "cpu, 1 threads"
     assert provenance["host"] == platform.node()
     assert (provenance["precision"], provenance["cohort"], provenance["images"]) == ("fp32", 1, 2 * 8)
+    assert provenance["seed"] == trained.seed
     assert provenance["seconds"] > 0
     assert provenance["peak_memory_mb"] > 10
     json.dumps(provenance, allow_nan=False)
@@ -363,6 +366,28 @@ def test_trials_of_different_image_sizes_share_an_objective(make_objective, with
         assert trained.member(number).epoch == 3
         trained.finish(number)
         trained.release(number)
+
+
+def test_images_of_a_size_that_nobody_trains_at_leave_the_device(make_objective, with_params, monkeypatch):
+    loaded = []
+    load = objective.load_resident
+
+    def watched(*args, **kwargs):
+        data = load(*args, **kwargs)
+        loaded.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr(objective, "load_resident", watched)
+    trained = make_objective(with_params(image_size=[16, 24, 32]))
+    for number, size in enumerate((16, 24, 24)):
+        trained.admit(number, PARAMS | {"image_size": size})
+    gc.collect()
+    assert [data() is not None for data in loaded] == [True, True]
+    trained.release(0)
+    trained.admit(3, PARAMS | {"image_size": 32})
+    gc.collect()
+    assert [data() is not None for data in loaded] == [False, True, True]
+    assert {report.key for report in trained.epochs()} == {1, 2, 3}
 
 
 def test_a_released_trial_is_trained_no_further(make_objective):
@@ -396,11 +421,16 @@ def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError(message)
 
 
-@pytest.mark.parametrize("when", ["built", "trained", "scored"])
+@pytest.mark.parametrize("when", ["built", "restored", "trained", "scored"])
 def test_a_device_without_memory_is_told_with_the_remedy(make_objective, monkeypatch, when):
     trained = make_objective()
     if when == "built":
         monkeypatch.setattr(objective, "build_network", out_of_memory)
+    if when == "restored":
+        train(trained, until=1)
+        trained.save_checkpoint(0)
+        trained = make_objective()
+        monkeypatch.setattr(objective, "load_checkpoint", out_of_memory)
     if when == "trained":
         monkeypatch.setattr("frem_search.training.cohort.score_images", out_of_memory)
     with pytest.raises(DeviceMemoryError) as raised:  # noqa: PT012 where it happens is what differs

@@ -288,7 +288,7 @@ def test_out_of_memory_ends_the_worker_where_all_trials_need_the_same(search, do
 
 @pytest.mark.parametrize(
     "error",
-    [ArtifactError("no space"), OSError(5, "I/O error"), StorageError("away"), ParameterError("B", "at most 16", 99)],
+    [ArtifactError("no space"), OSError(5, "I/O error"), StorageError("away")],
 )
 def test_an_error_of_the_machine_ends_the_worker_and_the_trial_waits(search, do_nothing, storage, error):
     objective = do_nothing()
@@ -298,6 +298,32 @@ def test_an_error_of_the_machine_ends_the_worker_and_the_trial_waits(search, do_
     (row,) = leases(storage)
     assert (row.token, row.attempts, row.reason) == (None, 1, str(error))
     assert search.study.trials[0].state == TrialState.RUNNING
+
+
+def test_parameters_that_nothing_takes_fail_the_trial_and_not_the_worker(search, do_nothing):
+    objective, refuse = do_nothing(), raising(ParameterError("B", "at most 16", 99))
+    admit = objective.admit
+    objective.admit = lambda number, params: (refuse if number == 0 else admit)(number, params)
+    events = [event.kind for event in search(objective, n_trials=2).work()]
+    assert events == ["claimed", "failed", "claimed", "epoch", "epoch", "epoch", "complete"]
+    trials = search.study.trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert "expected at most 16, but got 99" in trials[0].user_attrs["reason"]
+
+
+def test_an_unusable_checkpoint_does_not_hide_that_later_ones_advance(search, do_nothing, storage):
+    first = search(do_nothing(), n_trials=1, checkpoint_every_s=0, is_stopping=lambda: False)
+    events = first.work()
+    for event in events:
+        if event.report and event.report.epoch == 2:
+            break
+    events.close()
+    assert [(row.checkpoint_epoch, row.token) for row in leases(storage)] == [(1, None)]
+    second = search(do_nothing(), n_trials=1, checkpoint_every_s=0).work()  # its objective begins with epoch 0
+    assert next(second).kind == "adopted"
+    next(second)
+    assert [row.checkpoint_epoch for row in leases(storage)] == [0]
+    second.close()
 
 
 def test_a_trial_that_cannot_be_trained_on_any_machine_fails_in_the_end(search, do_nothing):

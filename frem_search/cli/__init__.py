@@ -8,7 +8,7 @@ import typer
 from frem_search import __version__
 from frem_search.cli import data, model, search, service, studies
 from frem_search.errors import FremSearchError
-from frem_search.stop import interrupt_on_sigterm
+from frem_search.stop import interrupt_on_signals
 
 app = typer.Typer(
     name="frem-search",
@@ -42,7 +42,7 @@ def _options(
 
 def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     try:
         status = app(prog_name="frem-search", standalone_mode=False)
         sys.stdout.flush()  # here, and not when Python exits, where a reader that has gone could not be caught
@@ -56,6 +56,9 @@ def main() -> None:
         # Who reads our output has gone, as `head` does; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_explain(f"frem-search: {where}{error.strerror or error}.", 1))
     except Exception as error:
         if status := getattr(error, "exit_code", None):  # click's own errors: a wrong option, a missing argument
             error.show()  # type: ignore[attr-defined]

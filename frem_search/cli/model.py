@@ -96,7 +96,7 @@ def train(
     else:
         with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
             stored = find_trial(record, trial)
-        begun = stored_study_file(record, dataset=_dataset_of(study, record, quick=quick, dataset=dataset))
+        begun = stored_study_file(record, stored, dataset=_dataset_of(study, record, quick=quick, dataset=dataset))
         begun = replace(begun, n_epochs=n_epochs or begun.n_epochs)
         settled = settle(begun, trial_params(record, stored) | params)
         images = matching_dataset(record, settled)

@@ -1,4 +1,4 @@
-"""Commands that run a search and look at it: run, worker, status, trials, figures."""
+"""Commands that run a search and look at it: run, status, trials, figures."""
 
 import json
 import math
@@ -40,7 +40,7 @@ EpochsOption = Annotated[
 CheckpointOption = Annotated[
     float,
     typer.Option(
-        min=0, envvar="FREM_SEARCH_CHECKPOINT_EVERY", help="Seconds of training that a killed worker loses at most."
+        min=0, envvar="FREM_SEARCH_CHECKPOINT_EVERY", help="Seconds after which a checkpoint follows the next epoch."
     ),
 ]
 INTERRUPTED = 130

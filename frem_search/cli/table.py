@@ -3,6 +3,7 @@
 import csv
 import io
 
+from frem_search.cli.rows import aligned
 from frem_search.record import StudyRecord, TrialRecord
 from frem_search.status import format_value, one_line
 
@@ -17,9 +18,7 @@ def trials_table(record: StudyRecord) -> str:
         seconds = trial.user_attrs.get("provenance", {}).get("seconds")
         cells += [str(trial.epoch), "" if seconds is None else f"{seconds:.1f}", one_line(trial.reason)]
         rows.append(cells)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join(aligned(rows)) + "\n"
 
 
 def trials_csv(record: StudyRecord) -> str:

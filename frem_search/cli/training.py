@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from frem_search.cli.progress import PLAIN_EVERY_S
+from frem_search.cli.rows import aligned
 
 if TYPE_CHECKING:
     from frem_search.training.member import EpochReport
@@ -68,10 +69,7 @@ def scores_table(score: str, parts: Mapping[str, Mapping[str, Any]]) -> str:
     classes = next(iter(parts.values()))["per_class"]
     rows = [["", *parts], [score, *(_cell(part[score]) for part in parts.values())]]
     rows += [[name, *(_cell(part["per_class"][name]) for part in parts.values())] for name in classes]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
-    )
+    return "\n".join(aligned(rows)) + "\n"
 
 
 def _cell(value: float | None) -> str:

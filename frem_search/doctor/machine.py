@@ -3,7 +3,6 @@
 import shutil
 import sys
 import tempfile
-import uuid
 
 from frem_search.doctor.finding import Finding
 from frem_search.home import home
@@ -75,14 +74,7 @@ def artifacts_store(url: str) -> Finding:
     """Whether a checkpoint can be written, read and removed again."""
     from frem_search.artifacts import Artifacts
 
-    content = uuid.uuid4().bytes
-    store = Artifacts(url, f"doctor-{uuid.uuid4().hex[:8]}")
-    try:
-        store.write("probe", content)
-        if store.read("probe") != content:
-            return Finding("artifacts", "FAIL", f"{url}: what was written is not what is read.", "Use another URL.")
-    finally:
-        store.remove_all()
+    Artifacts(url, "").check()
     return Finding("artifacts", "ok", f"{url}, written, read and removed")
 
 

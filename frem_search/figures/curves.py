@@ -4,8 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 from frem_search.record import StudyRecord, TrialRecord
+from frem_search.space import resolve, space_from_json
 
 MAX_POINTS = 400
+MODULE_CHANGES_NOTHING = {"B": 0, "X": 1.0}  # what a network does where a study sets neither
 
 
 class Series(NamedTuple):
@@ -54,13 +56,20 @@ def thin(whole: Series, *, keeps_highest: bool) -> Series:
     return Series(tuple(whole.epochs[i] for i in kept), tuple(whole.values[i] for i in kept))
 
 
+def full_params(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+    """Return the parameters of a trial, drawn and fixed; those of the module also where the study is silent."""
+    return MODULE_CHANGES_NOTHING | resolve(space_from_json(record.contract["space"]), trial.params)
+
+
+def enhances(record: StudyRecord, trial: TrialRecord) -> bool:
+    """Whether the module changes something: B above 0 maps enhanced, and X other than 1 times."""
+    params = full_params(record, trial)
+    return bool(params["B"] != 0 and params["X"] != 1)
+
+
 def baseline(record: StudyRecord) -> TrialRecord | None:
-    """Return the best complete trial in which the module changes nothing: B = 0 maps enhanced, or X = 1 times."""
-    plain = [
-        trial
-        for trial in record.complete
-        if trial.value is not None and (trial.params.get("B") == 0 or trial.params.get("X") == 1)
-    ]
+    """Return the best complete trial in which the module changes nothing."""
+    plain = [trial for trial in record.complete if trial.value is not None and not enhances(record, trial)]
     return max(plain, key=lambda trial: (trial.value, -trial.number), default=None)
 
 

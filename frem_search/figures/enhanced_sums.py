@@ -6,7 +6,7 @@ Differs: panel (a) is there only where the study has a trial whose module change
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from frem_search.figures.curves import Series, baseline, rows_of, series
+from frem_search.figures.curves import Series, baseline, enhances, full_params, rows_of, series
 from frem_search.figures.look import BLUE, GREY, MUTED, ORANGE, dress
 from frem_search.figures.wording import format_value, impossible, subtitle
 from frem_search.record import StudyRecord
@@ -53,13 +53,13 @@ def enhanced_sums_data(record: StudyRecord) -> EnhancedSumsData:
     """Take the sums of the best trial and, where there is one, of a baseline."""
     plain = baseline(record)
     enhancing = [trial for trial in record.complete if trial.value is not None and series(trial, "enhanced_sum").epochs]
-    enhancing = [trial for trial in enhancing if trial.params.get("B") != 0 and trial.params.get("X") != 1]
+    enhancing = [trial for trial in enhancing if enhances(record, trial)]
     if not enhancing:
         needs, remedy = "a complete trial that recorded sums of enhanced maps", "Search a network with the module"
         raise impossible(record, "enhanced_sums", needs=needs, got="there is none", remedy=remedy)
     best = max(enhancing, key=lambda trial: (trial.value, -trial.number))
-    given = ", ".join(f"{name} = {format_value(best.params[name])}" for name in ("B", "X") if name in best.params)
-    setting = f"trial {best.number}{', ' if given else ''}{given}"
+    params = full_params(record, best)
+    setting = f"trial {best.number}, " + ", ".join(f"{name} = {format_value(params[name])}" for name in ("B", "X"))
     panels = [
         Panel(best.number, "enhanced", f"enhanced maps ({setting})", series(best, "enhanced_sum")),
         Panel(best.number, "other", f"maps not enhanced ({setting})", series(best, "other_sum")),

@@ -56,6 +56,7 @@ def write_figures(
     check_names("format", formats, known=FORMATS)
     check_names("figure", only, known=FIGURES)
     shown, notes = take_data(record, only=only)
+    out.mkdir(parents=True, exist_ok=True)  # before the browser draws for nothing
     figures = {name: FIGURES[name].draw(data) for name, data in shown.items()}
     picture_formats = [name for name in PICTURE_FORMATS if name in formats]
     contents: dict[Path, bytes] = {}
@@ -71,7 +72,6 @@ def write_figures(
         contents[out / f"{name}.csv"] = csv_bytes(data)
         if "html" in formats or lacks_pictures:
             contents[out / f"{name}.html"] = html_bytes(name, figures[name], study=record.name)
-    out.mkdir(parents=True, exist_ok=True)
     order = list(shown)
     paths = sorted(contents, key=lambda path: (order.index(path.stem), path.suffix))
     for path in paths:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from frem_search.errors import ParameterError
 from frem_search.layers.double_conv import DoubleConv
 from frem_search.layers.feature_enhancement import FeatureEnhancement
+from frem_search.layers.resize import resize_bilinear
 from frem_search.layers.squeeze_excite import SqueezeExcite
 from frem_search.layers.up_conv import UpConv
 from frem_search.output import Features, Output
@@ -109,7 +110,7 @@ class UNet(nn.Module):
         if self.supervision_head is None:
             return None
         size = (x.shape[2] * 2**self.depth, x.shape[3] * 2**self.depth)
-        return nn.functional.interpolate(self.supervision_head(x), size=size, mode="bilinear")[:, :, :height, :width]
+        return resize_bilinear(self.supervision_head(x), size)[:, :, :height, :width]
 
     def _check(self, x: Tensor) -> None:
         """Raise if the network cannot take images of this shape."""

@@ -37,6 +37,21 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def make_repeatable(device: torch.device) -> None:
+    """Let a device compute the same bits each time, and fp32 with all digits of single precision.
+
+    These are settings of the whole process; the CPU needs none.
+    """
+    if device.type != "cuda":
+        return
+    cudnn = torch.backends.cudnn
+    # benchmark chooses a kernel by how long it takes, so not always the same, and each adds in an order of its own.
+    cudnn.deterministic, cudnn.benchmark = True, False
+    # cuDNN's default is TF32, which is fp32 in name only. Whatever runs in bf16 has no use for it.
+    # Not fp32_precision, the newer name: where it is set, cudnn.flags() of PyTorch 2.13 raises.
+    cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def best_precision(device: torch.device) -> str:
     """Return `bf16` where the device computes in it natively, else `fp32`.
 

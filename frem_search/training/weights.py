@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from frem_search.errors import ArtifactError, UsageError
 from frem_search.metrics import METRICS
 from frem_search.networks import build_network
+from frem_search.training.device import make_repeatable
 
-FORMAT = 1
+FORMAT = 2
 # What torch.load and the fields of a foreign file stumble over.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError)
 
@@ -30,6 +31,7 @@ class Weights:
         class_names: Index = label value.
         image_size: What images were resized to; None kept their own size.
         dataset: What it was trained on.
+        dataset_fingerprint: Of that dataset's content.
         fold: Which fold of that.
         score: The metric that the search maximized.
         precision: In which the network was trained and is to be run.
@@ -45,6 +47,7 @@ class Weights:
     class_names: tuple[str, ...]
     image_size: int | tuple[int, int] | None
     dataset: str
+    dataset_fingerprint: str
     fold: int
     score: str
     precision: str
@@ -55,6 +58,7 @@ class Weights:
 
     def build(self, device: torch.device) -> nn.Module:
         """Return the network, ready to predict, in the memory format in which it was trained."""
+        make_repeatable(device)
         network = self._untrained("cpu")
         network.load_state_dict(dict(self.state))
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
