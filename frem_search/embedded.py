@@ -107,7 +107,7 @@ def _start(data: Path, users: IO[str]) -> Any:
         server.runtime_path = _socket_folder(data.resolve())
         _remove_stale_locks(data.resolve(), users)
         try:
-            _start_patiently(server, data.resolve())
+            _start_patiently(server, data.resolve(), users)
         finally:
             atexit.unregister(server._cleanup)
         server.global_process_id_list.get_and_remove(os.getpid())
@@ -127,9 +127,7 @@ def _remedy(error: Exception, data: Path) -> str:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Set FREM_SEARCH_HOME to a folder of yours."
     if isinstance(error, subprocess.TimeoutExpired):
-        return (
-            f"It was ended again. See {data / 'log'}, try once more when the machine has less to do, or use --storage."
-        )
+        return f"See {data / 'log'}, try once more when the machine has less to do, or use --storage."
     return f"See {data / 'log'}, or use a server of your own with --storage."
 
 
@@ -146,24 +144,25 @@ def _socket_folder(data: Path) -> Path:
     return own
 
 
-def _start_patiently(server: Any, data: Path) -> None:
+def _start_patiently(server: Any, data: Path, users: IO[str]) -> None:
     """Start or join, and wait for a server that recovers: the wheel waits 10 s for it and then leaves it alone."""
     try:
         server.start()
     except Exception:
-        if not _becomes_ready(data):
+        if not _becomes_ready(data, users):
             raise
         server.start()
 
 
-def _becomes_ready(data: Path) -> bool:
-    """Wait for the server that starts; if it takes too long, end it, because nobody else would."""
+def _becomes_ready(data: Path, users: IO[str]) -> bool:
+    """Wait for the server that starts; if it takes too long and nobody else uses it, end it: nobody else would."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while (postmaster := _postmaster(data)) is not None:
         if _is_ready(data, postmaster.pid):
             return True
         if time.monotonic() > deadline:
-            _end(postmaster, data)
+            if _is_last(users):
+                _end(postmaster, data)
             return False
         time.sleep(0.1)
     return False
@@ -263,7 +262,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Ignore signals while the server stops, and while it waits for its turn to: a second Ctrl-C must not leave it behind."""
+    """Ignore signals while we wait for our turn and stop the server: a second Ctrl-C must not leave it behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

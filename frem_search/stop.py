@@ -57,7 +57,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up: no embedded database is left behind."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up: no database is left behind."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 a signal handler's arguments
         raise KeyboardInterrupt

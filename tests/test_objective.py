@@ -331,8 +331,8 @@ def test_a_full_disk_is_told_with_the_remedy_and_leaves_no_torn_file(make_object
     path = tmp_path / "artifacts/study/0/checkpoint.pt"
     assert str(raised.value).startswith(f"{path}: cannot be written (")
     assert str(raised.value).endswith(
-        " bytes): No space left on device. Free space, or set FREM_SEARCH_ARTIFACTS to another folder, and run the "
-        "same command again."
+        " bytes): No space left on device. Free space, mend the permissions or credentials, or set "
+        "FREM_SEARCH_ARTIFACTS to another place, and run the same command again."
     )
     assert list(path.parent.iterdir()) == []
 

@@ -17,7 +17,7 @@ from frem_search.training import cohort as cohort_module
 from frem_search.training import device as device_module
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
-from frem_search.training.device import best_precision, find_device
+from frem_search.training.device import best_precision, find_device, make_repeatable
 from frem_search.training.evaluate import EVAL_BATCH, predict, score_images
 from frem_search.training.fit import fit
 from frem_search.training.member import CURVE_COLUMNS, Member
@@ -632,3 +632,45 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch, n_devices, expected):
     assert str(find_device("cpu")) == "cpu"
     if n_devices:
         assert [str(find_device(name)) for name in ("cuda", "cuda:1")] == ["cuda:0", "cuda:1"]
+
+
+GPU_SETTINGS = (
+    (torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cuda.matmul, "allow_tf32"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def careless_gpu():
+    """The settings of a GPU as another program may have left them."""
+    before = [getattr(holder, name) for holder, name in GPU_SETTINGS]
+    for holder, name in GPU_SETTINGS:
+        setattr(holder, name, name != "deterministic")
+    yield
+    for (holder, name), value in zip(GPU_SETTINGS, before, strict=True):
+        setattr(holder, name, value)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cpu", [0, 1, 1, 1]), ("cuda:0", [1, 0, 0, 0])])
+@pytest.mark.usefixtures("careless_gpu")
+def test_a_gpu_is_set_to_repeat_every_bit_and_the_cpu_needs_nothing(name, expected):
+    make_repeatable(torch.device(name))
+    assert [getattr(holder, name) for holder, name in GPU_SETTINGS] == expected
+    with torch.backends.cudnn.flags(enabled=True):  # raises where PyTorch finds the settings at odds with each other
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_gpu_trains_the_same_twice_bit_for_bit(precision):
+    device = torch.device("cuda:0")
+    make_repeatable(device)
+    curves = []
+    for _ in range(2):
+        cohort = make_cohort(make_dataset(n_train=24, size=(48, 48)), precision=precision, device=device)
+        member = make_member(n_epochs=6, device=device, B=3, X=100.0, supervision=True)
+        cohort.admit(member)
+        list(fit(cohort))
+        curves.append({name: column for name, column in member.curve.items() if name != "seconds"})
+    assert curves[0] == curves[1]
