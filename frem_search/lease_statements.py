@@ -1,0 +1,60 @@
+"""The SQL of leases: every statement that reads or changes `frem_lease` and `frem_curve` while trials are trained."""
+
+import sqlalchemy as sa
+
+RUNNING = """
+    SELECT t.trial_id, t.number, l.token, l.worker, l.boot_id, l.pid_namespace, l.pid, l.pid_started,
+           coalesce(l.attempts, 0) AS attempts, coalesce(l.checkpoint_epoch, 0) AS checkpoint_epoch,
+           l.reason, coalesce(l.expires_at < clock_timestamp(), true) AS is_expired
+    FROM trials t LEFT JOIN frem_lease l USING (trial_id)
+    WHERE t.study_id = :study_id AND t.state = 'RUNNING'
+"""
+RUNNING_TRIALS = sa.text(RUNNING + "ORDER BY t.number")
+RUNNING_TRIAL = sa.text(RUNNING + "AND t.trial_id = :trial_id")
+LOCK_LEASE = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE")
+COUNTS = sa.text("""
+    SELECT count(*) AS numbers, count(*) FILTER (WHERE state = 'WAITING') AS enqueued
+    FROM trials WHERE study_id = :study_id
+""")
+TAKE = sa.text("""
+    INSERT INTO frem_lease (trial_id, study_id, token, worker, host, boot_id, pid_namespace, pid, pid_started, device,
+                            attempts, total_attempts, epoch, checkpoint_epoch, taken_at, expires_at)
+    VALUES (:trial_id, :study_id, :token, :worker, :host, :boot_id, :pid_namespace, :pid, :pid_started, :device,
+            :attempt, 1, 0, 0, now(), clock_timestamp() + make_interval(secs => :lease_s))
+    ON CONFLICT (trial_id) DO UPDATE SET
+        token = :token, worker = :worker, host = :host, boot_id = :boot_id, pid_namespace = :pid_namespace, pid = :pid,
+        pid_started = :pid_started, device = :device, attempts = :attempt,
+        total_attempts = frem_lease.total_attempts + 1, reason = NULL, taken_at = now(),
+        expires_at = clock_timestamp() + make_interval(secs => :lease_s)
+""")
+RENEW = sa.text("""
+    UPDATE frem_lease SET expires_at = clock_timestamp() + make_interval(secs => :lease_s), epoch = :epoch
+    WHERE trial_id = :trial_id AND token = :token
+""")
+HOLD = sa.text("""
+    SELECT token = :token AS is_held, told_token = :token AS is_told
+    FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE
+""")
+RANKING = sa.text("""
+    SELECT t.number FROM trials t JOIN trial_values v USING (trial_id)
+    WHERE t.study_id = :study_id AND t.state = 'COMPLETE' ORDER BY v.value DESC, t.number LIMIT :most
+""")
+RELEASE = sa.text("""
+    UPDATE frem_lease SET token = NULL, reason = :reason, attempts = greatest(attempts - :forgiven, 0)
+    WHERE trial_id = :trial_id AND token = :token
+""")
+CHECKPOINTED = sa.text("""
+    UPDATE frem_lease SET attempts = 0, checkpoint_epoch = :epoch, epoch = :epoch
+    WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
+""")
+RESUMED = sa.text("""
+    UPDATE frem_lease SET checkpoint_epoch = :epoch, epoch = :epoch WHERE trial_id = :trial_id AND token = :token
+""")
+FINISH = sa.text("""
+    UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)
+    WHERE trial_id = :trial_id
+""")
+KEEP_CURVE = sa.text("""
+    INSERT INTO frem_curve (trial_id, curve) VALUES (:trial_id, :curve)
+    ON CONFLICT (trial_id) DO UPDATE SET curve = excluded.curve
+""")
