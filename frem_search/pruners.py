@@ -6,8 +6,6 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-PRUNER_NAMES = ("none", "median", "asha")
-
 
 class SuccessiveHalving(BasePruner):
     """At epochs `min_epochs`, `min_epochs * factor`, ... go on only among the best `1 / factor` that came so far.
@@ -65,4 +63,5 @@ def make_pruner(name: str, settings: dict[str, Any]) -> BasePruner:
         )
     if name == "asha":
         return SuccessiveHalving(min_epochs=settings["min_epochs"], factor=settings["factor"])
+    assert name == "none", name  # study_file.PRUNERS let it through
     return NopPruner()

@@ -11,6 +11,7 @@ from frem_search.cli.options import (
     ArtifactsOption,
     DatasetOption,
     DeviceOption,
+    EpochsOption,
     JsonOption,
     OutOption,
     QuickOption,
@@ -38,10 +39,6 @@ AnyStudyOption = Annotated[
     ),
 ]
 TrialOption = Annotated[str, typer.Option("--trial", help="Number of a trial, or best.")]
-EpochsOption = Annotated[
-    int | None,
-    typer.Option(min=1, envvar="FREM_SEARCH_N_EPOCHS", help="Other epochs than the study's.", show_default=False),
-]
 
 
 def add_to(app: typer.Typer) -> None:

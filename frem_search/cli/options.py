@@ -55,6 +55,16 @@ ArtifactsOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(envvar="FREM_SEARCH_DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
 ]
+TrialsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, envvar="FREM_SEARCH_N_TRIALS", help="Another budget than the study file's.", show_default=False
+    ),
+]
+EpochsOption = Annotated[
+    int | None,
+    typer.Option(min=1, envvar="FREM_SEARCH_N_EPOCHS", help="Other epochs than the study file's.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutOption = Annotated[Path, typer.Option("--out", envvar="FREM_SEARCH_OUT", help="Folder to write into.")]
 

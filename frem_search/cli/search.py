@@ -14,11 +14,13 @@ from frem_search.cli.options import (
     ArtifactsOption,
     DatasetOption,
     DeviceOption,
+    EpochsOption,
     JsonOption,
     OutOption,
     QuickOption,
     StorageOption,
     StudyOption,
+    TrialsOption,
     record_of,
     storage_of,
 )
@@ -27,16 +29,6 @@ from frem_search.errors import UsageError
 if TYPE_CHECKING:
     from frem_search.record import StudyRecord
 
-TrialsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, envvar="FREM_SEARCH_N_TRIALS", help="Another budget than the study file's.", show_default=False
-    ),
-]
-EpochsOption = Annotated[
-    int | None,
-    typer.Option(min=1, envvar="FREM_SEARCH_N_EPOCHS", help="Other epochs than the study file's.", show_default=False),
-]
 CheckpointOption = Annotated[
     float,
     typer.Option(

@@ -10,13 +10,14 @@ import typer
 from frem_search.cli.options import (
     ArtifactsOption,
     DatasetOption,
+    EpochsOption,
     JsonOption,
     QuickOption,
     StorageOption,
+    TrialsOption,
     storage_of,
 )
 from frem_search.cli.rows import aligned
-from frem_search.cli.search import EpochsOption, TrialsOption
 
 if TYPE_CHECKING:
     from frem_search.fork import Fork
