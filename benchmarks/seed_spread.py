@@ -38,8 +38,9 @@ def scores(study_file: StudyFile, drawn: dict[str, Any], seed: int, folder: str)
         study_uid="spread",
     )
     objective.admit(0, resolve(study_file.space, drawn))
-    for _ in objective.epochs():
-        pass
+    for report in objective.epochs():
+        if report.error is not None:
+            raise report.error
     outcome = objective.finish(0)
     return outcome.score, outcome.result["test"][study_file.score]
 

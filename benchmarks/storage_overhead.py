@@ -60,7 +60,8 @@ class DoNothing:
         return self.members[number]
 
     def finish(self, number: int) -> Outcome:
-        return Outcome(value(self.members[number].params), {"val": {"mean_iou": 0.5}, "test": {"mean_iou": 0.5}})
+        scores = {"mean_iou": 0.5, "per_class": {"cell": 0.5}}
+        return Outcome(value(self.members[number].params), {"best_epoch": 1, "val": scores, "test": scores})
 
     def save_checkpoint(self, number: int) -> None: ...
 

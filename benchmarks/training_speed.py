@@ -1,4 +1,4 @@
-"""Training images per second on the CPU: a plain loop against `training.Cohort`, in one run.
+"""Training images per second on the CPU: a plain loop against a member trained alone, in one run.
 
 The plain loop is what a careful user would write first: eager, fp32, contiguous, DataLoader, Adam, augmentation of each
 image on its own. Both train the same U-Net on the same images; validation is left out of both.
@@ -19,6 +19,7 @@ from frem_search.losses import LOSSES
 from frem_search.networks import build_network
 from frem_search.training.cohort import Cohort
 from frem_search.training.device import describe_device
+from frem_search.training.epoch import train_alone
 from frem_search.training.member import Member
 from frem_search.training.resident import Part, ResidentData
 
@@ -69,18 +70,23 @@ def time_plain(images: np.ndarray, labels: np.ndarray) -> float:
     return images_per_s(epoch)
 
 
-def time_cohort(images: np.ndarray, labels: np.ndarray, precision: str) -> float:
-    """Return images per second of one epoch of a cohort with one member."""
+def time_alone(images: np.ndarray, labels: np.ndarray, precision: str) -> float:
+    """Return images per second of one epoch of a member by itself."""
     whole = Part(
         tuple(map(str, range(len(images)))),
         torch.from_numpy(images).contiguous(memory_format=torch.channels_last),
         torch.from_numpy(labels),
     )
     data = ResidentData(whole, whole, whole, n_classes=3, device=DEVICE)
-    cohort = Cohort(data, loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
-    member = Member(0, make_network(), {"lambda": 0.3}, learning_rate=1e-3, batch_size=BATCH, n_epochs=10**9)
-    epochs = iter(range(1, 10**9))
-    return images_per_s(lambda: cohort._train(member, next(epochs)))
+    cohort = Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
+    member = Member(0, make_network(), data, {"lambda": 0.3}, learning_rate=1e-3, batch_size=BATCH, n_epochs=10**9)
+
+    def epoch() -> None:
+        batches = cohort.begin_epoch(member)
+        train_alone(member, batches, loss=cohort.loss, precision=precision)
+        member.epoch += 1  # so that the next one has batches of its own
+
+    return images_per_s(epoch)
 
 
 def images_per_s(epoch: object, n_epochs: int = 4) -> float:
@@ -102,8 +108,8 @@ def main() -> None:
     rows: dict[str, list[float]] = {"plain loop, fp32": [], "frem-search, fp32": [], "frem-search, bf16": []}
     for _ in range(repeats):  # in turn, so that a change of the machine's speed meets all of them
         rows["plain loop, fp32"].append(time_plain(images, labels))
-        rows["frem-search, fp32"].append(time_cohort(images, labels, "fp32"))
-        rows["frem-search, bf16"].append(time_cohort(images, labels, "bf16"))
+        rows["frem-search, fp32"].append(time_alone(images, labels, "fp32"))
+        rows["frem-search, bf16"].append(time_alone(images, labels, "bf16"))
     print(
         f"torch {torch.__version__}, {describe_device(DEVICE)}, base {BASE}, {SIZE}x{SIZE}, batch {BATCH},"
         f" n = {repeats}"

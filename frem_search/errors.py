@@ -75,6 +75,10 @@ class StorageError(FremSearchError):
     """The database cannot be reached or refuses."""
 
 
+class DatabaseAwayError(StorageError):
+    """The database stayed out of reach for longer than it was worth waiting for."""
+
+
 class LeaseLostError(StorageError):
     """Another worker holds the trial now."""
 
@@ -89,6 +93,10 @@ class DeviceError(FremSearchError):
 
 class DeviceMemoryError(DeviceError):
     """The device has no memory left."""
+
+
+class WorkerError(FremSearchError):
+    """Worker processes ended before their work was done."""
 
 
 class ChromeNotFoundError(FremSearchError):

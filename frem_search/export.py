@@ -1,5 +1,6 @@
 """A study as an SQLite file, for tools that read only that."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from optuna.storages import RDBStorage
 
 from frem_search.errors import StorageError, UsageError
 from frem_search.record import read_record
+from frem_search.trial_page import moved_notes
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -50,11 +52,31 @@ def export_sqlite(storage: "Storage", name: str, file: Path) -> int:
     return n_trials
 
 
+# The dashboard keeps notes among a study's attributes, by a key of the trial that differs between databases.
+NOTES = sa.text("DELETE FROM study_system_attributes WHERE key LIKE :pattern")
+NOTE = sa.text("INSERT INTO study_system_attributes (study_id, key, value_json) VALUES (:study_id, :key, :value)")
+
+
 def _copy(storage: "Storage", name: str, file: Path) -> None:
     url = sa.URL.create("sqlite", database=str(file)).render_as_string()
     target = RDBStorage(url.replace("{", "{{").replace("}", "}}"))  # RDBStorage fills {SCHEMA_VERSION} into its URL
     try:
         optuna.copy_study(from_study_name=name, from_storage=storage.optuna, to_storage=target)
+        _move_notes(optuna.load_study(study_name=name, storage=storage.optuna), target)
     finally:
         target.remove_session()
         target.engine.dispose()
+
+
+def _move_notes(origin: optuna.Study, target: RDBStorage) -> None:
+    (study,) = target.get_all_studies()
+    new_ids = {trial.number: trial._trial_id for trial in target.get_all_trials(study._study_id, deepcopy=False)}
+    old_ids = {trial.number: trial._trial_id for trial in origin.get_trials(deepcopy=False)}
+    notes = moved_notes(
+        target.get_study_system_attrs(study._study_id), {old_ids[number]: new for number, new in new_ids.items()}
+    )
+    with target.engine.begin() as connection:
+        connection.execute(NOTES, {"pattern": "dashboard:%:note_%"})
+        rows = [{"study_id": study._study_id, "key": key, "value": json.dumps(note)} for key, note in notes.items()]
+        if rows:
+            connection.execute(NOTE, rows)

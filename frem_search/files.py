@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that hold a secret."""
 
 import os
 import uuid
 from pathlib import Path
+
+from frem_search.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -18,3 +20,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_secret(path: Path, *, named_by: str) -> str:
+    """Return the one line of a file, without its end: a password or a token.
+
+    Args:
+        path: The file.
+        named_by: The option or variable that named it, for messages, which never hold the content.
+
+    Raises:
+        UsageError: It cannot be read, or is not one line of text.
+    """
+    remedy = "Give the path of a file that this user may read and that holds the secret alone, on one line."
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        message = f"{named_by}: {path}: cannot be read: {reason}. {remedy}"
+        raise UsageError(message) from None
+    secret = text.removesuffix("\n").removesuffix("\r")
+    if not secret or any(sign in secret for sign in "\n\r\0"):
+        n_lines = len(text.splitlines())
+        message = f"{named_by}: {path}: expected one line, but got {n_lines if secret else 'an empty file'}. {remedy}"
+        raise UsageError(message)
+    return secret

@@ -2,7 +2,7 @@
 
 import inspect
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ContractError, UsageError
+from frem_search.leases import keep_note
 from frem_search.losses import LOSSES
 from frem_search.networks import network_params
 from frem_search.objective import PREDICTIONS, WEIGHTS
@@ -21,6 +22,7 @@ from frem_search.record import StudyRecord, read_record
 from frem_search.space import Choice, Fixed, Param, Space, distributions, resolve, space_from_json
 from frem_search.study import artifacts_prefix, hold_study, make_contract, write_attrs
 from frem_search.study_file import StudyFile
+from frem_search.trial_page import SHOWN, artifact_attrs, trial_note
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -87,8 +89,8 @@ def fork_study(study_file: StudyFile, storage: "Storage", *, source: str, artifa
     target = Artifacts(artifacts, artifacts_prefix(study_file.name, uid))
     try:
         # Files first: a transaction must not wait for them, and without its rows nobody looks at them.
-        _copy_artifacts(Artifacts(artifacts, artifacts_prefix(source, record.uid)), target, plan)
-        storage.retrying(lambda: _store(storage, study_file, contract, plan, uid=uid, source=record))
+        files = _copy_artifacts(Artifacts(artifacts, artifacts_prefix(source, record.uid)), target, plan)
+        storage.retrying(lambda: _store(storage, study_file, contract, plan, uid=uid, source=record, files=files))
     except BaseException:
         target.remove_all()
         raise
@@ -213,12 +215,16 @@ def _template(space: Space, trial: FrozenTrial, params: dict[str, Any], *, origi
     return template
 
 
-def _copy_artifacts(origin: Artifacts, target: Artifacts, plan: _Plan) -> None:
+def _copy_artifacts(origin: Artifacts, target: Artifacts, plan: _Plan) -> dict[int, list[str]]:
+    """Copy the files of every trial; return their names by the new number."""
+    copied: dict[int, list[str]] = {}
     for number, (trial, _) in enumerate(plan.trials):
-        for name in (WEIGHTS, PREDICTIONS):
+        for name in (WEIGHTS, PREDICTIONS, *SHOWN):
             content = origin.read(f"{trial.number}/{name}")
             if content is not None:
                 target.write(f"{number}/{name}", content)
+                copied.setdefault(number, []).append(name)
+    return copied
 
 
 def _store(
@@ -229,6 +235,7 @@ def _store(
     *,
     uid: str,
     source: StudyRecord,
+    files: Mapping[int, Sequence[str]],
 ) -> None:
     with storage.transaction() as connection:
         study = hold_study(storage, connection, study_file.name)
@@ -240,9 +247,12 @@ def _store(
         origin = {"study": source.name, "uid": source.uid}
         write_attrs(study, study_file, contract, uid=uid, forked_from=origin)
         study_id = study._study_id  # Optuna has no public name for it
-        for trial, template in plan.trials:
+        for number, (trial, template) in enumerate(plan.trials):
+            shown = [name for name in files.get(number, ()) if name in SHOWN]
+            template._system_attrs = artifact_attrs(uid, number, shown)  # Optuna refuses them once it is stored
             new_id = storage.optuna.create_new_trial(study_id, template_trial=template)
             ids = {"to": new_id, "origin": trial._trial_id, "study_id": study_id}
+            keep_note(connection, study_id, new_id, trial_note(trial.state.name.lower(), trial.user_attrs))
             connection.execute(COPY_LEASE, ids)
             connection.execute(COPY_CURVE, ids)
 

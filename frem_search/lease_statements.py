@@ -54,6 +54,15 @@ FINISH = sa.text("""
     UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)
     WHERE trial_id = :trial_id
 """)
+# Before a lease's row, as a claim does it: what a note adds to the study's attributes locks the study's row too.
+SHARE_STUDY = sa.text("SELECT 1 FROM studies WHERE study_id = :study_id FOR KEY SHARE")
+# A note that somebody wrote in the dashboard while the trial was trained stays.
+KEEP_NOTE = sa.text("""
+    INSERT INTO study_system_attributes (study_id, key, value_json)
+    SELECT :study_id, key, value FROM unnest(CAST(:keys AS text[]), CAST(:values AS text[])) AS note (key, value)
+    WHERE NOT EXISTS (SELECT FROM study_system_attributes WHERE study_id = :study_id AND key = :version_key)
+    ON CONFLICT DO NOTHING
+""")
 KEEP_CURVE = sa.text("""
     INSERT INTO frem_curve (trial_id, curve) VALUES (:trial_id, :curve)
     ON CONFLICT (trial_id) DO UPDATE SET curve = excluded.curve

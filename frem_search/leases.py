@@ -1,24 +1,27 @@
 """Claim, hold, adopt and let go of trials: a RUNNING trial belongs to whoever holds its lease."""
 
 import json
+import math
 import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
-from frem_search.errors import LeaseLostError, StorageError, StudyNotFoundError
+from frem_search.errors import DatabaseAwayError, LeaseLostError, StorageError, StudyNotFoundError
 from frem_search.lease_statements import (
     CHECKPOINTED,
     COUNTS,
     FINISH,
     HOLD,
     KEEP_CURVE,
+    KEEP_NOTE,
     LOCK_LEASE,
     RANKING,
     RELEASE,
@@ -26,16 +29,30 @@ from frem_search.lease_statements import (
     RESUMED,
     RUNNING_TRIAL,
     RUNNING_TRIALS,
+    SHARE_STUDY,
     TAKE,
 )
 from frem_search.processes import is_gone, this_process
 from frem_search.storage import is_lost_connection
+from frem_search.trial_page import note_attrs, note_version_key, trial_note
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
 
+T = TypeVar("T")
 LEASE_S = 180.0
 MAX_ATTEMPTS = 3
+PATIENCE_S = 600.0  # with a database that is away when there is nothing to train meanwhile
+BLINK_S = 1.0  # patience while there is something to train
+AWAY_PAUSE_S = 5.0  # before a worker in training looks for it again
+
+
+@dataclass
+class _Unsent:
+    """What the database has not been told yet, because it was out of reach."""
+
+    reports: dict[int, float] = field(default_factory=dict)
+    checkpoint: tuple[int, str] | None = None  # its epoch, and the curve up to it as JSON
 
 
 @dataclass(eq=False)
@@ -49,6 +66,7 @@ class Held:
     epoch: int = 0  # how far the training is, for `status`
     is_lost: bool = False
     reported: int = field(default=0)  # the last step that the storage has
+    unsent: "_Unsent" = field(default_factory=lambda: _Unsent())
 
     @property
     def number(self) -> int:
@@ -71,6 +89,7 @@ class Leases:
         device: What the worker trains on, for `status`.
         lease_s: After how long without a sign of life the trial may be taken by others.
         max_attempts: How many attempts may fail to advance a checkpoint before the trial is FAIL.
+        is_stopping: Asked while the database is away; once it says yes, nothing waits for it any longer.
     """
 
     def __init__(
@@ -82,12 +101,14 @@ class Leases:
         device: str = "cpu",
         lease_s: float = LEASE_S,
         max_attempts: int = MAX_ATTEMPTS,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._storage, self._study, self._distributions = storage, study, distributions
         self._study_id = study._study_id
         self._device, self._lease_s, self._max_attempts = device, lease_s, max_attempts
         self._worker = uuid.uuid4().hex
         self._held: dict[int, Held] = {}
+        self._is_stopping, self._away_until = is_stopping, -math.inf
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew_until_stopped, name="lease-renewal", daemon=True)
 
@@ -109,36 +130,26 @@ class Leases:
         Raises:
             StorageError: The database stayed out of reach.
         """
-        claimed = self._storage.retrying(self._claim)
+        claimed = self._patiently(self._claim)
         if isinstance(claimed, Held):
             self._held[claimed.id] = claimed
         return claimed
 
     def report(self, held: Held, value: float, *, step: int) -> None:
-        """Store a report, unless it is stored already.
+        """Store a report, unless it is stored already; while the database is away it is kept for later.
 
         Raises:
             LeaseLostError: Another worker holds the trial now.
         """
-        if step <= held.reported:
-            return
-
-        def store() -> None:
-            with self._storage.transaction() as connection:
-                self._require(connection, held)
-                # Not by held.trial.report: that one remembers what was rolled back, and would not store it again.
-                self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
-
-        self._storage.retrying(store)
-        held.reported = step
+        if step > held.reported:
+            held.unsent.reports[step] = value
+            self._send(held)
 
     def should_prune(self, held: Held) -> bool:
-        """Whether the stored reports say that the trial should end here."""
-        if isinstance(self._study.pruner, optuna.pruners.NopPruner):
+        """Whether the stored reports say that the trial should end here; while the database is away it goes on."""
+        if held.unsent.reports or isinstance(self._study.pruner, optuna.pruners.NopPruner):
             return False
-        return self._storage.retrying(
-            lambda: self._study.pruner.prune(self._study, self._storage.optuna.get_trial(held.id))
-        )
+        return self._patiently(lambda: self._study.pruner.prune(self._study, self._storage.optuna.get_trial(held.id)))
 
     def resumed(self, held: Held) -> None:
         """Note where the trial really goes on: an unusable checkpoint must not hide that later ones advance.
@@ -152,22 +163,16 @@ class Leases:
                 self._require(connection, held)
                 connection.execute(RESUMED, {"trial_id": held.id, "token": held.token, "epoch": held.epoch})
 
-        self._storage.retrying(store)
+        self._patiently(store)
 
     def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
-        """Note that a checkpoint at `epoch` is stored, with the curve up to it.
+        """Note that a checkpoint at `epoch` is stored, with the curve up to it; while the database is away, later.
 
         Raises:
             LeaseLostError: Another worker holds the trial now.
         """
-
-        def store() -> None:
-            with self._storage.transaction() as connection:
-                self._require(connection, held)
-                connection.execute(CHECKPOINTED, {"trial_id": held.id, "epoch": epoch})
-                connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
-
-        self._storage.retrying(store)
+        held.unsent.checkpoint = epoch, json.dumps(curve)
+        self._send(held)
 
     def tell(
         self,
@@ -177,9 +182,10 @@ class Leases:
         value: float | None = None,
         step: int = 0,
         attrs: Mapping[str, Any],
+        shown: Mapping[str, str] | None = None,
         curve: Mapping[str, Any] | None = None,
     ) -> None:
-        """Finish a trial: last report, state, value, attributes and curve in one transaction.
+        """Finish a trial: last report, state, value, attributes, note and curve in one transaction.
 
         Args:
             held: The trial.
@@ -187,6 +193,7 @@ class Leases:
             value: Of a complete trial; that of a pruned one is its last report.
             step: At which the value is reported too; 0 for not at all.
             attrs: The trial's user attributes.
+            shown: The attributes that announce files to Optuna's dashboard.
             curve: Its columns.
 
         Raises:
@@ -195,18 +202,49 @@ class Leases:
 
         def store() -> None:
             with self._storage.transaction() as connection:
+                connection.execute(SHARE_STUDY, {"study_id": self._study_id})
                 if self._require(connection, held).is_told:
                     return  # stored before, but the connection was lost before the answer came
+                self._store_unsent(connection, held)
                 if value is not None and step > held.reported:
                     self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
+                for key, attr in (shown or {}).items():
+                    self._storage.optuna.set_trial_system_attr(held.id, key, attr)
                 self._finish(
                     connection, held.trial, state=state, value=value, attrs=attrs, token=held.token, epoch=held.epoch
                 )
                 if curve is not None:
                     connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
 
-        self._storage.retrying(store)
+        self._patiently(store)
         self._held.pop(held.id, None)
+
+    def _send(self, held: Held) -> None:
+        """Store what is not stored yet, if the database is there; training does not wait for it."""
+        if time.monotonic() < self._away_until:
+            return
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                self._require(connection, held)
+                self._store_unsent(connection, held)
+
+        try:
+            self._storage.retrying(store, patience_s=BLINK_S)
+        except DatabaseAwayError:
+            self._away_until = time.monotonic() + AWAY_PAUSE_S
+            return
+        held.reported = max((held.reported, *held.unsent.reports))
+        held.unsent = _Unsent()
+
+    def _store_unsent(self, connection: sa.Connection, held: Held) -> None:
+        for step, value in sorted(held.unsent.reports.items()):
+            # Not by held.trial.report: that one remembers what was rolled back, and would not store it again.
+            self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
+        if held.unsent.checkpoint is not None:
+            epoch, curve = held.unsent.checkpoint
+            connection.execute(CHECKPOINTED, {"trial_id": held.id, "epoch": epoch})
+            connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": curve})
 
     def release(self, held: Held, *, reason: str, is_forgiven: bool = True) -> None:
         """Let go of a trial, so that the next claim adopts it.
@@ -235,7 +273,10 @@ class Leases:
             with self._storage.engine.connect() as connection:
                 return list(connection.execute(RANKING, {"study_id": self._study_id, "most": most}).scalars())
 
-        return self._storage.retrying(read)
+        return self._patiently(read)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        return self._storage.retrying(action, patience_s=PATIENCE_S, is_stopping=self._is_stopping)
 
     def _claim(self) -> Held | Literal["spent", "busy"]:
         with self._storage.transaction() as connection:
@@ -336,6 +377,7 @@ class Leases:
             value = reports[max(reports)]
         storage.set_trial_state_values(trial_id, state, None if value is None else [value])
         connection.execute(FINISH, {"trial_id": trial_id, "token": token, "epoch": epoch})
+        keep_note(connection, self._study_id, trial_id, trial_note(state.name.lower(), attrs))
 
     def _renew_until_stopped(self) -> None:
         pause_s = self._lease_s / 6
@@ -354,3 +396,10 @@ class Leases:
                 values = {"trial_id": held.id, "token": held.token, "epoch": held.epoch, "lease_s": self._lease_s}
                 if connection.execute(RENEW, values).rowcount == 0:
                     held.is_lost = held.id in self._held  # not ours any more, unless it was finished just now
+
+
+def keep_note(connection: sa.Connection, study_id: int, trial_id: int, note: str) -> None:
+    """Store what the dashboard shows of a trial in words, unless somebody wrote something there."""
+    attrs = {key: json.dumps(attr) for key, attr in note_attrs(trial_id, note).items()}
+    values = {"keys": list(attrs), "values": list(attrs.values()), "version_key": note_version_key(trial_id)}
+    connection.execute(KEEP_NOTE, values | {"study_id": study_id})

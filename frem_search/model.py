@@ -121,6 +121,8 @@ def train(
     try:
         objective.admit(0, resolve(settled.space, {}))
         for report in objective.epochs():
+            if report.error is not None:
+                raise report.error
             on_epoch(report)
             if not report.is_finite:
                 message = f"{settled.name}: epoch {report.epoch}: the loss is no number. Lower learning_rate or X."

@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+PARENT = "FREM_SEARCH_PARENT"  # in the environment of a worker: the process that started it
+
 
 @dataclass(frozen=True)
 class Process:
@@ -26,6 +28,11 @@ def this_process() -> Process:
     """Return the identity of this process."""
     pid = os.getpid()
     return Process(socket.gethostname(), *_machine(), pid, _started(pid))
+
+
+def has_lost_parent() -> bool:
+    """Whether this is a worker that another process started, and that process is gone."""
+    return PARENT in os.environ and os.environ[PARENT] != str(os.getppid())
 
 
 def _machine() -> tuple[str, str]:

@@ -8,9 +8,11 @@ from frem_search.errors import UsageError
 from frem_search.model import settle, train
 from frem_search.record import StudyRecord, TrialRecord
 from frem_search.stored_trial import matching_dataset, stored_study_file, trial_params
+from frem_search.training.device import cpu_threads
+from frem_search.training.layouts import ALONE
 from frem_search.training.member import EpochReport
 
-CONDITIONS = ("frem_search", "torch", "device", "host", "precision", "cohort")  # under which equal means every bit
+CONDITIONS = ("frem_search", "torch", "device", "host", "precision", "layout")  # under which equal means every bit
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def rerun(
 ) -> Repeat:
     """Train a complete trial from nothing, with the seed, parameters and precision that are stored, and compare.
 
+    It is trained by itself, on as many threads as then.
+
     Args:
         record: The study.
         trial: One of its trials.
@@ -70,12 +74,21 @@ def rerun(
         raise UsageError(message)
     settled = settle(stored_study_file(record, trial, dataset=dataset), trial_params(record, trial))
     loaded = matching_dataset(record, settled)
-    trained = train(settled, loaded, device=device, on_epoch=on_epoch)
-    then, now = trial.user_attrs.get("provenance", {}), trained.provenance
+    then = trial.user_attrs.get("provenance", {})
+    with cpu_threads(then.get("threads")):
+        trained = train(settled, loaded, device=device, on_epoch=on_epoch)
+    then, now = _computed(then), _computed(trained.provenance)
     # The name of a GPU says how it computes; "cpu" does not, so that there another host is another condition.
     names = [name for name in CONDITIONS if name != "host" or str(now["device"]).startswith("cpu")]
     differing = {name: (then.get(name), now[name]) for name in names if then.get(name) != now[name]}
     return Repeat(record.name, trial.number, record.score, trial.value, trained.outcome.score, differing)
+
+
+def _computed(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return conditions with the layout as far as it decides about bits: a member that is not stacked is by itself."""
+    layout = provenance.get("layout", ALONE)
+    told = f"{provenance['cohort']} {layout}" if layout == "stacked" else "by itself"
+    return {**provenance, "layout": told}
 
 
 def repeat_json(repeat: Repeat) -> dict[str, Any]:

@@ -4,16 +4,20 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 import psycopg2
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
+from psycopg2.extensions import make_dsn
 from sqlalchemy import exc, orm
 
+from frem_search import schema
 from frem_search.embedded import embedded_postgres
-from frem_search.errors import StorageError
+from frem_search.errors import DatabaseAwayError, StorageError
+from frem_search.files import read_secret
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -21,36 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DRIVER = "postgresql+psycopg2"
-TABLES_LOCK = 7_236_001  # an advisory lock of our own, held while tables are created
-
-# Rows of ours beside Optuna's tables; deleted with the trial that they belong to.
-TABLES = """
-CREATE TABLE IF NOT EXISTS frem_lease (
-    trial_id integer PRIMARY KEY REFERENCES trials (trial_id) ON DELETE CASCADE,
-    study_id integer NOT NULL,
-    token text,                         -- NULL: nobody holds the trial
-    told_token text,                    -- the token under which the trial was finished
-    worker text NOT NULL,               -- who holds it, or held it last: an id of the process
-    host text NOT NULL,
-    boot_id text NOT NULL,
-    pid_namespace text NOT NULL,
-    pid integer NOT NULL,
-    pid_started double precision NOT NULL,
-    device text NOT NULL,
-    attempts integer NOT NULL,          -- since a checkpoint advanced
-    total_attempts integer NOT NULL,
-    epoch integer NOT NULL,
-    checkpoint_epoch integer NOT NULL,
-    reason text,                        -- why it was let go of last
-    taken_at timestamptz NOT NULL,
-    expires_at timestamptz NOT NULL
-);
-CREATE INDEX IF NOT EXISTS frem_lease_study ON frem_lease (study_id);
-CREATE TABLE IF NOT EXISTS frem_curve (
-    trial_id integer PRIMARY KEY REFERENCES trials (trial_id) ON DELETE CASCADE,
-    curve json NOT NULL
-);
-"""
+PASSWORD_FILE = "FREM_SEARCH_PASSWORD_FILE"
+REFUSALS = ("42501", "25006")  # PostgreSQL's codes for a lack of rights, and for a role that only reads
 
 # A connection that hangs in the middle of a transaction holds up every claim, so the server ends it; clock and
 # isolation level must not depend on the role or on PGTZ: see docs/decisions.md.
@@ -80,7 +56,7 @@ def normalise_url(text: str) -> sa.URL:
         message = (
             "storage: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, but got something that does not parse "
             "as a URL. Percent-encode special characters in the password (@ is %40, / is %2F), or leave it out and use "
-            "PGPASSFILE."
+            f"{PASSWORD_FILE} or PGPASSFILE."
         )
         raise StorageError(message) from None
     if url.drivername.split("+")[0] not in ("postgres", "postgresql"):
@@ -108,19 +84,45 @@ def is_lost_connection(error: BaseException | None) -> bool:
     return False
 
 
+def is_refused(error: BaseException | None) -> bool:
+    """Whether an error means that the role may not do what was asked for."""
+    while error is not None:
+        if getattr(getattr(error, "orig", error), "pgcode", None) in REFUSALS:
+            return True
+        error = error.__cause__
+    return False
+
+
+def with_password(url: sa.URL) -> sa.URL:
+    """Return the URL with the password of FREM_SEARCH_PASSWORD_FILE, unless it has one.
+
+    Raises:
+        UsageError: The file cannot be read.
+    """
+    file = os.environ.get(PASSWORD_FILE)
+    return url if url.password or not file else url.set(password=read_secret(Path(file), named_by=PASSWORD_FILE))
+
+
 @contextmanager
-def open_storage(url: str | None = None) -> "Iterator[Storage]":
+def open_storage(
+    url: str | None = None, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+) -> "Iterator[Storage]":
     """Open the database of a URL, or the embedded one.
 
     Args:
         url: A PostgreSQL URL; without it FREM_SEARCH_STORAGE, without that the embedded PostgreSQL.
+        upgrades: As `Storage` takes it.
+        is_read_only: As `Storage` takes it.
+        n_connections: As `Storage` takes it.
 
     Raises:
         StorageError: It cannot be reached or refuses.
+        UsageError: FREM_SEARCH_PASSWORD_FILE cannot be read.
     """
     given = url or os.environ.get("FREM_SEARCH_STORAGE")
     with ExitStack() as stack:
-        storage = Storage(normalise_url(given) if given else stack.enter_context(embedded_postgres()))
+        address = with_password(normalise_url(given)) if given else stack.enter_context(embedded_postgres())
+        storage = Storage(address, upgrades=upgrades, is_read_only=is_read_only, n_connections=n_connections)
         stack.callback(storage.close)
         yield storage
 
@@ -130,12 +132,18 @@ class Storage:
 
     Args:
         url: A PostgreSQL URL, with the password if there is one.
+        upgrades: Whether tables of an older version are brought up to date, instead of refused.
+        is_read_only: Whether nothing is written, not even tables that are missing: a role that may only read will do.
+        n_connections: How many there may be at once: the worker's own, and one for the thread that renews its leases.
 
     Raises:
         StorageError: The database cannot be reached or refuses.
     """
 
-    def __init__(self, url: sa.URL) -> None:
+    def __init__(
+        self, url: sa.URL, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+    ) -> None:
+        self._is_read_only, self._n_connections = is_read_only, n_connections
         self.label = url.render_as_string(hide_password=True)
         text = url.render_as_string(hide_password=False)
         self._optuna_url = text.replace("{", "{{").replace("}", "}}")  # RDBStorage fills {SCHEMA_VERSION} into its URL
@@ -143,22 +151,35 @@ class Storage:
         self._connect_args = dialect.create_connect_args(url)[1]
         self.engine = sa.create_engine(url, **self._engine_settings())
         try:
-            self._create_tables()
+            self.prepare(upgrades=upgrades)
             self._open_optuna()
-        except exc.SQLAlchemyError as error:
+        except StorageError:
+            self.engine.dispose()
+            raise
+        except (exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             self.engine.dispose()
             raise StorageError(self._explain(error)) from None
-        except optuna.exceptions.StorageInternalError as error:
-            self.engine.dispose()
-            raise StorageError(self._explain(error.__cause__ or error)) from None
-        except RuntimeError as error:  # Optuna's word for tables of another version
-            self.engine.dispose()
-            message = f"storage {self.label}: {error} Use the version of Optuna that made it, or another database."
-            raise StorageError(message) from None
 
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+    def prepare(self, *, upgrades: bool = False) -> None:
+        """Make the tables that are missing; refuse those of another version, or bring older ones up to date.
+
+        Raises:
+            StorageError: They are of another version, or this role may not make them.
+        """
+        if self._is_read_only:
+            schema.require(self.engine, label=self.label)
+            return
+        schema.prepare(self.engine, self._rdb, label=self.label, upgrades=upgrades)
+
+    def for_programs(self) -> tuple[str, dict[str, str]]:
+        """Return the connection for PostgreSQL's own programs: an argument without the password, and environment."""
+        settings = dict(self._connect_args)
+        password = settings.pop("password", None)
+        return make_dsn(**settings), {} if password is None else {"PGPASSWORD": password}
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
@@ -180,21 +201,31 @@ class Storage:
         finally:
             backend.scoped_session = usual
 
-    def retrying(self, action: Callable[[], T], *, patience_s: float = 60.0) -> T:
+    def retrying(
+        self, action: Callable[[], T], *, patience_s: float = 60.0, is_stopping: Callable[[], bool] = lambda: False
+    ) -> T:
         """Do something again until the database is there, with growing pauses.
 
+        Args:
+            action: What is done; a transaction, so that it is done once.
+            patience_s: For how long the database is waited for.
+            is_stopping: Once it says yes, it is not waited for any longer.
+
         Raises:
-            StorageError: It was not there for `patience_s`.
+            DatabaseAwayError: It was not there.
+            StorageError: It refuses.
         """
         give_up_at, pause_s = time.monotonic() + patience_s, 0.05
         while True:
             try:
                 return action()
             except Exception as error:
+                if is_refused(error):
+                    raise StorageError(self._explain(error)) from None
                 if not is_lost_connection(error):
                     raise
-                if time.monotonic() > give_up_at:
-                    raise StorageError(self._explain(error.__cause__ or error)) from None
+                if time.monotonic() > give_up_at or is_stopping():
+                    raise DatabaseAwayError(self._explain(error)) from None
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 5.0)
 
@@ -204,7 +235,7 @@ class Storage:
             "isolation_level": "READ COMMITTED",
             "pool_pre_ping": True,
             "pool_recycle": 1800,
-            "pool_size": 1,  # the worker's own; the thread that renews leases is the second, by overflow
+            "pool_size": max(1, self._n_connections - 1),  # a worker's second, which renews leases, is by overflow
             "max_overflow": 1,
             "pool_timeout": 30,
         }
@@ -224,31 +255,20 @@ class Storage:
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute(SESSION)
+            if self._is_read_only:
+                cursor.execute("SET default_transaction_read_only = on")
         connection.autocommit = False
         return connection
 
-    def _create_tables(self) -> None:
-        """Create Optuna's tables and ours, by one process at a time."""
-        with self.engine.connect() as connection:
-            found = connection.execute(
-                sa.text("SELECT to_regclass('alembic_version'), to_regclass('frem_curve')")
-            ).one()
-            if all(found):
-                return
-            connection.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": TABLES_LOCK})
-            connection.commit()
-            try:
-                RDBStorage(self._optuna_url, engine_kwargs=self._engine_settings()).engine.dispose()
-                connection.execute(sa.text(TABLES))
-                connection.commit()
-            finally:
-                connection.rollback()  # after an error nothing else is taken, and the error is the one to tell
-                connection.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": TABLES_LOCK})
-                connection.commit()
+    def _rdb(self, **settings: Any) -> RDBStorage:
+        return RDBStorage(self._optuna_url, engine_kwargs=self._engine_settings(), **settings)
 
     def _open_optuna(self) -> None:
-        backend = RDBStorage(self._optuna_url, engine_kwargs=self._engine_settings(), skip_table_creation=True)
-        backend.engine.dispose()
+        backend = self._rdb(skip_table_creation=True, skip_compatibility_check=True)
+        try:
+            schema.refuse_other_optuna(backend, label=self.label)
+        finally:
+            backend.engine.dispose()
         backend.engine = self.engine  # one pool for Optuna's statements and ours
         backend.scoped_session = orm.scoped_session(orm.sessionmaker(bind=self.engine))
         self._backend = backend
@@ -259,9 +279,14 @@ class Storage:
         self.optuna.__dict__.update(fresh.__dict__)
 
     def _explain(self, error: BaseException) -> str:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-        first = reason[0].rstrip(".") if reason else type(error).__name__
-        return (
-            f"storage {self.label}: the database cannot be reached or refuses: {first}. "
-            "Check that it runs, the URL, the role and its password, or leave --storage out to use the embedded one."
-        )
+        cause = error if isinstance(error, exc.DBAPIError) else error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+        first = reason[0].rstrip(".") if reason else type(cause).__name__
+        if is_refused(error):
+            remedy = "Workers need the role frem_worker, and `frem-search db` the owner; `frem-search db init` grants."
+        else:
+            remedy = (
+                "Check that it runs, the URL, the role and its password, or leave --storage out to use the embedded "
+                "one."
+            )
+        return f"storage {self.label}: the database cannot be reached or refuses: {first}. {remedy}"

@@ -65,6 +65,12 @@ class OpenStudy:
         return self.optuna._study_id
 
     @property
+    def cohort(self) -> dict[str, Any] | None:
+        """How many trials train side by side, `{"cohort": 4, "layout": "stacked"}`; None in a study just begun."""
+        stored: dict[str, Any] | None = self.optuna.user_attrs.get("cohort")
+        return stored
+
+    @property
     def artifacts_prefix(self) -> str:
         """The folder of this study's artifacts."""
         return artifacts_prefix(self.file.name, self.uid)
@@ -143,6 +149,21 @@ def write_attrs(
     for key, value in attrs.items():
         study.set_user_attr(key, value)
     return attrs
+
+
+def keep_cohort(study: OpenStudy, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Store how many trials train side by side, unless another worker was first; return what is stored."""
+
+    def keep() -> dict[str, Any]:
+        with study.storage.transaction() as connection:
+            held = hold_study(study.storage, connection, study.file.name)
+            stored: dict[str, Any] | None = held.user_attrs.get("cohort")
+            if stored is None:
+                stored = dict(chosen)
+                held.set_user_attr("cohort", stored)
+            return stored
+
+    return study.storage.retrying(keep)
 
 
 def _followed(study_file: StudyFile, contract: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

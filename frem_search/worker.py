@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import optuna
 from optuna.trial import TrialState
 
+from frem_search.arrangement import settle
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError, ParameterError
@@ -17,6 +18,7 @@ from frem_search.leases import Held, Leases
 from frem_search.objective import Objective, Outcome
 from frem_search.parameters import check, first_image_size
 from frem_search.space import Space, distributions, resolve
+from frem_search.speed import Arrangement, Trainee
 from frem_search.storage import Storage
 from frem_search.study import OpenStudy, make_contract, open_study
 from frem_search.study_file import StudyFile
@@ -36,8 +38,8 @@ class TrialTrainer(Protocol):
     def admit(self, number: int, params: Mapping[str, Any]) -> Member:
         """Begin a trial, or go on with it."""
 
-    def epochs(self) -> Iterator[EpochReport]:
-        """Train what was admitted."""
+    def epochs(self) -> Generator[EpochReport, None, None]:
+        """Train what was admitted, until nothing of it is left to train."""
 
     def save_checkpoint(self, number: int) -> None:
         """Store where a trial is."""
@@ -46,7 +48,7 @@ class TrialTrainer(Protocol):
         """Score a trial and store what it leaves behind."""
 
     def release(self, number: int) -> None:
-        """Let a trial go."""
+        """Let a trial go, if it was admitted."""
 
     def discard(self, number: int, *, weights: bool) -> None:
         """Remove what a finished trial needs no longer."""
@@ -70,7 +72,8 @@ class TrialEvent:
         kind: `claimed`, `adopted`, `epoch`, `complete`, `pruned`, `failed`, `released`, `lost` or `waiting`.
         number: The trial's number; -1 while waiting for others.
         params: Of a claimed or adopted trial.
-        report: Of an epoch.
+        epoch: How many epochs are done.
+        report: Of an epoch that was trained here.
         value: Of a finished trial.
         reason: Why it did not complete.
     """
@@ -78,20 +81,37 @@ class TrialEvent:
     kind: str
     number: int
     params: Mapping[str, Any] | None = None
+    epoch: int = 0
     report: EpochReport | None = None
     value: float | None = None
     reason: str = ""
 
 
+@dataclass(eq=False)
+class _Slot:
+    """A trial in training.
+
+    Args:
+        held: Its lease.
+        saved_at: When its last checkpoint was stored, by `time.monotonic`.
+    """
+
+    held: Held
+    saved_at: float
+
+
 class Worker:
-    """Trains trials one after another, and tells what happens as it happens.
+    """Trains trials, some of them side by side, and tells what happens as it happens.
+
+    A trial that ends leaves its slot to the next one at the end of its epoch; nobody waits for the others.
 
     Args:
         leases: Through which trials are claimed and told.
         objective: Which trains them.
         space: The study's, to complete what was drawn.
         n_epochs: The study's.
-        is_stopping: Asked after every epoch; once it says yes, the trial is stored and let go.
+        n_slots: How many trials train side by side; halved when the device has no memory for them.
+        is_stopping: Asked after every epoch; once it says yes, the trials are stored and let go.
         checkpoint_every_s: At most so much training is lost when the worker is killed.
     """
 
@@ -102,6 +122,7 @@ class Worker:
         *,
         space: Space,
         n_epochs: int,
+        n_slots: int = 1,
         is_stopping: Callable[[], bool] = lambda: False,
         checkpoint_every_s: float = 60.0,
     ) -> None:
@@ -110,139 +131,220 @@ class Worker:
         self._n_epochs, self._is_stopping = n_epochs, is_stopping
         self._checkpoint_every_s = checkpoint_every_s
         self._errors_in_a_row = 0
+        self._n_slots = n_slots
+        self._slots: dict[int, _Slot] = {}
+        self._is_spent = False
+        self._claim_at = -math.inf
 
     def work(self) -> Generator[TrialEvent, None, None]:
         """Take trials until the budget is spent or the worker is asked to stop."""
-        while not self._is_stopping():
-            held = self._leases.claim()
-            if held == "spent":
-                return
-            if held == "busy":
-                yield TrialEvent("waiting", -1)
-                self._sleep(BUSY_POLL_S)
-                continue
-            assert isinstance(held, Held)
-            try:
-                yield from self._train(held)
-            except LeaseLostError as error:
-                yield TrialEvent("lost", held.number, reason=str(error))
+        reason = "stopped"
+        try:
+            while True:
+                try:
+                    yield from self._fill_slots()
+                    if not self._slots and (self._is_spent or self._is_stopping()):
+                        return
+                    yield from self._train() if self._slots else self._wait()
+                except DeviceMemoryError as error:
+                    yield from self._out_of_memory(error)
+        except (FremSearchError, OSError) as error:
+            reason = str(error)
+            raise
+        finally:
+            # Whoever stops listening, a signal or an error: no trial waits for the end of a lease that nobody needs.
+            for number in list(self._slots):
+                self._let_go(number, reason=reason)
 
-    def _sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._is_stopping():
+    def _wait(self) -> Iterator[TrialEvent]:
+        """Wait for trials that others hold: they may leave one behind."""
+        yield TrialEvent("waiting", -1)
+        while time.monotonic() < self._claim_at and not self._is_stopping():
             time.sleep(0.1)
 
-    def _train(self, held: Held) -> Iterator[TrialEvent]:
-        """Train one trial to whatever end it comes to."""
+    def _fill_slots(self) -> Iterator[TrialEvent]:
+        """Claim a trial for each free slot, as far as there are trials."""
+        while len(self._slots) < self._n_slots and time.monotonic() >= self._claim_at and not self._is_stopping():
+            held = self._leases.claim()
+            if isinstance(held, Held):
+                yield from self._guarded(held, self._begin(held))
+                continue
+            self._is_spent = held == "spent"
+            self._claim_at = time.monotonic() + BUSY_POLL_S
+            return
+
+    def _begin(self, held: Held) -> Iterator[TrialEvent]:
+        """Give a claimed trial a slot."""
+        # An adopted trial is stored after its first epoch: one that is killed again and again still advances.
+        self._slots[held.number] = _Slot(held, -math.inf if held.is_adopted else time.monotonic())
+        params = resolve(self._space, held.trial.params)
+        yield TrialEvent("adopted" if held.is_adopted else "claimed", held.number, params=params)
+        member = self._objective.admit(held.number, params)
+        held.epoch = member.epoch
+        if held.is_adopted:
+            self._leases.resumed(held)
+            # What was trained while the database was away, by a worker that did not live to tell it.
+            for epoch, best in zip(member.curve["epoch"], member.curve["best_score"], strict=True):
+                if self._is_due(held, epoch):
+                    self._leases.report(held, best, step=epoch)
+            if held.reported and self._leases.should_prune(held):
+                yield self._prune(held, BELOW_OTHERS)
+            elif member.epoch >= self._n_epochs:
+                yield self._complete(held)
+
+    def _train(self) -> Iterator[TrialEvent]:
+        """Train the trials of all slots until none is left, and fill slots that become free."""
+        with closing(self._objective.epochs()) as reports:
+            for report in reports:
+                held = self._slots[report.key].held
+                yield from self._guarded(held, self._after_epoch(held, report))
+                yield from self._fill_slots()
+
+    def _guarded(self, held: Held, events: Iterator[TrialEvent]) -> Iterator[TrialEvent]:
+        """Pass on what happens to a trial, and let an error end what it concerns: the trial, or the worker."""
         try:
-            params = resolve(self._space, held.trial.params)
-            yield TrialEvent("adopted" if held.is_adopted else "claimed", held.number, params=params)
-            self._objective.admit(held.number, params)
-            try:
-                yield from self._run(held)
-            finally:
-                self._objective.release(held.number)
-            self._errors_in_a_row = 0
-        except LeaseLostError:
-            raise
-        except (KeyboardInterrupt, GeneratorExit):
-            self._leases.release(held, reason="stopped")
+            yield from events
+        except LeaseLostError as error:
+            self._forget(held.number)
+            yield TrialEvent("lost", held.number, reason=str(error))
+        except DeviceMemoryError:
             raise
         except ParameterError as error:  # of an enqueued trial, say: no other worker could train it either
             yield self._fail(held, error)
-        except DeviceMemoryError as error:
-            yield self._out_of_memory(held, error)
         except (FremSearchError, OSError) as error:
             # The machine's fault, not the trial's: it waits for the next worker, and this one ends.
-            self._leases.release(held, reason=str(error), is_forgiven=False)
+            self._let_go(held.number, reason=str(error), is_forgiven=False)
             raise
         except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
             yield self._fail(held, error)
 
-    def _run(self, held: Held) -> Iterator[TrialEvent]:
-        """Train an admitted trial epoch by epoch."""
-        held.epoch = self._objective.member(held.number).epoch
-        if held.is_adopted:
-            self._leases.resumed(held)
-        if held.is_adopted and held.reported and self._leases.should_prune(held):
-            yield self._prune(held, BELOW_OTHERS)
-            return
-        # An adopted trial is stored after its first epoch: one that is killed again and again still advances.
-        saved_at = -math.inf if held.is_adopted else time.monotonic()
-        for report in self._objective.epochs():
-            held.epoch = report.epoch
-            yield TrialEvent("epoch", held.number, report=report)
-            if reason := self._reason_to_prune(held, report):
-                yield self._prune(held, reason)
-                return
-            if report.is_done:
-                break
-            is_stopping = self._is_stopping()
-            if is_stopping or time.monotonic() - saved_at > self._checkpoint_every_s:
-                self._checkpoint(held)
-                saved_at = time.monotonic()
-            if is_stopping:
-                self._leases.release(held, reason="stopped")
-                yield TrialEvent("released", held.number, reason="stopped")
-                return
-        yield self._complete(held)
-
-    def _reason_to_prune(self, held: Held, report: EpochReport) -> str:
-        """Report what is due; return why the trial ends here, or nothing."""
+    def _after_epoch(self, held: Held, report: EpochReport) -> Iterator[TrialEvent]:
+        """Report, prune, finish, store or let go, whatever is due."""
         if held.is_lost:
             message = f"trial {held.number}: another worker took it while this one was out of touch."
             raise LeaseLostError(message)
+        if report.error is not None:
+            raise report.error
+        held.epoch = report.epoch
+        yield TrialEvent("epoch", held.number, epoch=report.epoch, report=report)
+        if reason := self._reason_to_prune(held, report):
+            yield self._prune(held, reason)
+        elif report.is_done:
+            yield self._complete(held)
+        elif self._is_stopping():
+            self._checkpoint(held)
+            self._let_go(held.number, reason="stopped")
+            yield TrialEvent("released", held.number, reason="stopped")
+        elif time.monotonic() - self._slots[held.number].saved_at > self._checkpoint_every_s:
+            self._checkpoint(held)
+
+    def _reason_to_prune(self, held: Held, report: EpochReport) -> str:
+        """Report what is due; return why the trial ends here, or nothing."""
         if not report.is_finite:
             return f"the training loss was no number in epoch {report.epoch}"
-        is_due = report.epoch % self._report_every == 0 and report.epoch > held.reported
-        if report.is_done or not is_due:
+        if report.is_done or not self._is_due(held, report.epoch):
             return ""
         self._leases.report(held, report.best_score, step=report.epoch)
         return BELOW_OTHERS if self._leases.should_prune(held) else ""
+
+    def _is_due(self, held: Held, epoch: int) -> bool:
+        return epoch % self._report_every == 0 and epoch > held.reported
 
     def _checkpoint(self, held: Held) -> None:
         self._objective.save_checkpoint(held.number)
         member = self._objective.member(held.number)
         self._leases.checkpointed(held, epoch=member.epoch, curve=member.curve)
+        self._slots[held.number].saved_at = time.monotonic()
 
     def _complete(self, held: Held) -> TrialEvent:
         outcome = self._objective.finish(held.number)
-        self._tell(held, TrialState.COMPLETE, {"result": outcome.result}, value=outcome.score)
+        self._tell(held, TrialState.COMPLETE, {"result": outcome.result}, value=outcome.score, shown=outcome.shown)
         # A few more than the one that fell out of the best, in case another worker finished at the same time.
         ranking = self._leases.ranking(most=2 * KEPT_WEIGHTS)
         for number in {held.number, *ranking}.difference(ranking[:KEPT_WEIGHTS]):
             self._objective.discard(number, weights=True)
+        self._forget(held.number)
         return TrialEvent("complete", held.number, value=outcome.score)
 
     def _prune(self, held: Held, reason: str) -> TrialEvent:
+        value = self._objective.member(held.number).best_score
         self._tell(held, TrialState.PRUNED, {"reason": reason})
-        return TrialEvent("pruned", held.number, value=self._objective.member(held.number).best_score, reason=reason)
+        self._forget(held.number)
+        return TrialEvent("pruned", held.number, value=value, reason=reason)
 
-    def _out_of_memory(self, held: Held, error: DeviceMemoryError) -> TrialEvent:
-        """End a trial whose own shapes need too much; for any other this machine is too small, and the worker ends."""
-        if not self._objective.searches_shapes:
-            self._leases.release(held, reason=str(error))
-            raise error
-        self._leases.tell(held, state=TrialState.PRUNED, attrs={"reason": str(error)})
-        self._objective.discard(held.number, weights=False)
-        return TrialEvent("pruned", held.number, reason=str(error))
-
-    def _fail(self, held: Held, error: Exception) -> TrialEvent:
-        """Fail a trial; a worker whose trials fail one after another ends with the error."""
-        reason = f"{type(error).__name__}: {error}"
-        self._errors_in_a_row += 1
-        self._leases.tell(held, state=TrialState.FAIL, attrs={"reason": reason})
-        self._objective.discard(held.number, weights=False)
-        if self._errors_in_a_row >= MOST_ERRORS_IN_A_ROW:
-            raise error
-        return TrialEvent("failed", held.number, reason=reason)
-
-    def _tell(self, held: Held, state: TrialState, attrs: Mapping[str, Any], *, value: float | None = None) -> None:
+    def _tell(
+        self,
+        held: Held,
+        state: TrialState,
+        attrs: Mapping[str, Any],
+        *,
+        value: float | None = None,
+        shown: Mapping[str, str] | None = None,
+    ) -> None:
         provenance = self._objective.provenance(held.number)
         curve = self._objective.member(held.number).curve
         attrs = {**attrs, "provenance": provenance}
-        self._leases.tell(held, state=state, value=value, step=self._n_epochs, attrs=attrs, curve=curve)
+        self._leases.tell(held, state=state, value=value, step=self._n_epochs, attrs=attrs, shown=shown, curve=curve)
         self._objective.discard(held.number, weights=False)
+        self._errors_in_a_row = 0
+
+    def _fail(self, held: Held, error: Exception) -> TrialEvent:
+        """Fail a trial; a worker whose trials fail one after another ends with the error."""
+        event = self._end(held, kind="failed", reason=f"{type(error).__name__}: {error}")
+        if event.kind == "failed":
+            self._errors_in_a_row += 1
+            if self._errors_in_a_row >= MOST_ERRORS_IN_A_ROW:
+                raise error
+        return event
+
+    def _out_of_memory(self, error: DeviceMemoryError) -> Iterator[TrialEvent]:
+        """Halve what trains side by side; a single trial ends if its own shapes need too much, else the worker."""
+        numbers = list(self._slots)
+        if len(numbers) == 1 and self._objective.searches_shapes:
+            yield self._end(self._slots[numbers[0]].held, kind="pruned", reason=str(error))
+            return
+        if len(numbers) <= 1:
+            raise error
+        self._n_slots = len(numbers) // 2
+        reason = f"out of memory with {len(numbers)} trials side by side; {self._n_slots} from here on"
+        # All of them, in whatever state that epoch is: each is adopted again and goes on from its checkpoint.
+        for number in numbers:
+            self._let_go(number, reason=reason)
+            yield TrialEvent("released", number, reason=reason)
+
+    def _end(self, held: Held, *, kind: str, reason: str) -> TrialEvent:
+        """Tell a trial that nothing can be known of, unless it was lost."""
+        state = TrialState.PRUNED if kind == "pruned" else TrialState.FAIL
+        try:
+            self._leases.tell(held, state=state, attrs={"reason": reason})
+            self._objective.discard(held.number, weights=False)
+        except LeaseLostError as lost:
+            kind, reason = "lost", str(lost)
+        self._forget(held.number)
+        return TrialEvent(kind, held.number, reason=reason)
+
+    def _let_go(self, number: int, *, reason: str, is_forgiven: bool = True) -> None:
+        self._leases.release(self._slots[number].held, reason=reason, is_forgiven=is_forgiven)
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        del self._slots[number]
+        self._objective.release(number)
+        self._claim_at = -math.inf
+
+
+class Opened(NamedTuple):
+    """A study and a worker for it.
+
+    Args:
+        study: Begun or joined.
+        worker: Which has claimed nothing yet.
+        arrangement: How the study's trials share this machine.
+    """
+
+    study: OpenStudy
+    worker: Worker
+    arrangement: Arrangement
 
 
 @contextmanager
@@ -252,9 +354,12 @@ def open_worker(
     *,
     device: str = "auto",
     artifacts: str,
+    cohort: str | None = None,
+    workers: int | None = None,
     is_stopping: Callable[[], bool] = lambda: False,
     checkpoint_every_s: float = 60.0,
-) -> Iterator[tuple[OpenStudy, Worker]]:
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Opened]:
     """Check everything that can be checked, begin or join the study, and give a worker for it.
 
     Args:
@@ -262,8 +367,11 @@ def open_worker(
         storage: Its database.
         device: As `find_device` takes it.
         artifacts: The URL of checkpoints, weights and predictions.
+        cohort: As `arrangement.settle` takes it.
+        workers: As `arrangement.settle` takes it.
         is_stopping: As `Worker` takes it.
         checkpoint_every_s: As `Worker` takes it.
+        tell: Told in a line what takes its time before the first trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check(study_file)
@@ -279,26 +387,34 @@ def open_worker(
         class_names=dataset.class_names,
     )
     study = open_study(storage, study_file, contract)
+    precision = study.contract["precision"]
+    trainee = Trainee(study_file, dataset, chosen, precision)
+    arrangement = settle(study, trainee, cohort=cohort, workers=workers, tell=tell)
     objective = Objective(
         study_file,
         dataset,
         device=chosen,
-        precision=study.contract["precision"],
+        precision=precision,
         artifacts=Artifacts(artifacts, study.artifacts_prefix),
         study_uid=study.uid,
+        cohort=arrangement.cohort,
+        layout=arrangement.layout,
     )
     leases = Leases(
-        storage, study.optuna, distributions=distributions(study_file.space), device=describe_device(chosen)
+        storage,
+        study.optuna,
+        distributions=distributions(study_file.space),
+        device=describe_device(chosen),
+        is_stopping=is_stopping,
     )
     with leases:
-        yield (
-            study,
-            Worker(
-                leases,
-                objective,
-                space=study_file.space,
-                n_epochs=study_file.n_epochs,
-                is_stopping=is_stopping,
-                checkpoint_every_s=checkpoint_every_s,
-            ),
+        worker = Worker(
+            leases,
+            objective,
+            space=study_file.space,
+            n_epochs=study_file.n_epochs,
+            n_slots=arrangement.cohort,
+            is_stopping=is_stopping,
+            checkpoint_every_s=checkpoint_every_s,
         )
+        yield Opened(study, worker, arrangement)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from servers import tcp_database, tcp_server  # noqa: F401 fixtures of every test
 
 # Before torch is imported: tests run side by side, and threads that wait for each other would burn both cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -295,30 +296,40 @@ class DoNothing:
         self.score = score or (lambda params, epoch: epoch * 0.01 + sum(map(float, params.values())) * 1e-4)
         self.before_epoch = before_epoch or (lambda number, epoch: None)
         self.checkpoints = {} if checkpoints is None else checkpoints
-        self.members, self.params, self.discarded = {}, {}, []
+        self.members, self.params, self.discarded, self.n_trained = {}, {}, [], 0
 
     def admit(self, number, params):
-        epoch, curve = self.checkpoints.get(number, (0, {"epoch": [], "score": []}))
+        epoch, curve = self.checkpoints.get(number, (0, {"epoch": [], "score": [], "best_score": []}))
         best = max(curve["score"], default=float("-inf"))
         curve = {name: list(column) for name, column in curve.items()}
-        self.members[number] = SimpleNamespace(key=number, epoch=epoch, curve=curve, best_score=best)
+        self.members[number] = SimpleNamespace(key=number, epoch=epoch, curve=curve, best_score=best, has_ended=False)
         self.params[number] = params
         return self.members[number]
 
     def epochs(self):
+        from frem_search.errors import DeviceMemoryError
         from frem_search.training.member import EpochReport
 
-        while active := [m for m in self.members.values() if m.epoch < self.n_epochs]:
+        while active := [m for m in self.members.values() if m.epoch < self.n_epochs and not m.has_ended]:
             for member in active:
                 if self.members.get(member.key) is not member:
                     continue
-                self.before_epoch(member.key, member.epoch + 1)
+                try:
+                    self.before_epoch(member.key, member.epoch + 1)
+                except DeviceMemoryError:
+                    raise
+                except Exception as error:  # noqa: BLE001
+                    member.has_ended = True
+                    yield EpochReport(member.key, member.epoch, 0.0, 0.0, 0.0, False, False, 0.0, error)
+                    continue
                 member.epoch += 1
+                self.n_trained += 1
                 value = self.score(self.params[member.key], member.epoch)
                 is_finite = value == value
                 member.best_score = max(member.best_score, value) if is_finite else member.best_score
                 member.curve["epoch"].append(member.epoch)
                 member.curve["score"].append(value if is_finite else None)
+                member.curve["best_score"].append(member.best_score)
                 is_done = member.epoch == self.n_epochs
                 yield EpochReport(member.key, member.epoch, 0.5, value, member.best_score, is_finite, is_done, 0.0)
 
@@ -333,10 +344,11 @@ class DoNothing:
         from frem_search.objective import Outcome
 
         member = self.members[number]
-        return Outcome(member.best_score, {"best_epoch": member.epoch})
+        val = {"mean_iou": member.best_score, "per_class": {}}
+        return Outcome(member.best_score, {"best_epoch": member.epoch, "val": val})
 
     def release(self, number):
-        del self.members[number]
+        self.members.pop(number, None)
 
     def provenance(self, number):
         return {"seconds": 1.0}

@@ -121,7 +121,11 @@ def test_check_remarks_on_a_dataset_that_is_not_here(run_cli, tiny_study, tiny_d
 def test_fork_says_what_it_copied_and_what_not(run_cli, tiny_study, storage, storage_url, tmp_path):
     settings = {"FREM_SEARCH_STORAGE": storage_url, "FREM_SEARCH_ARTIFACTS": tmp_path / "artifacts"}
     artifacts = str(tmp_path / "artifacts")
-    with open_worker(load_study_file(str(tiny_study)), storage, artifacts=artifacts, device="cpu") as (study, worker):
+    with open_worker(load_study_file(str(tiny_study)), storage, artifacts=artifacts, device="cpu") as (
+        study,
+        worker,
+        _,
+    ):
         list(worker.work())
     study.optuna.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
     other = tiny_study.with_name("other.toml")

@@ -28,7 +28,7 @@ def write(tiny_study, name, *replacements):
 
 
 def train(study_file, storage, artifacts):
-    with open_worker(study_file, storage, artifacts=artifacts, device="cpu") as (_, worker):
+    with open_worker(study_file, storage, artifacts=artifacts, device="cpu") as (_, worker, _):
         list(worker.work())
     return read_record(storage, study_file.name)
 
@@ -211,7 +211,7 @@ def test_a_fork_can_be_joined_as_any_study(tiny_study, storage, artifacts, sourc
     attrs = {name: optuna.load_study(study_name=name, storage=storage.optuna).user_attrs for name in ("tiny", "other")}
     assert set(attrs["other"]) == set(attrs["tiny"]) | {"forked_from"}
     assert attrs["other"]["forked_from"] == {"study": "tiny", "uid": source.uid}
-    with open_worker(study_file, storage, artifacts=artifacts, device="cpu") as (study, _):
+    with open_worker(study_file, storage, artifacts=artifacts, device="cpu") as (study, _, _):
         assert study.uid == attrs["other"]["uid"]
 
 

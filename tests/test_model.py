@@ -84,7 +84,7 @@ def record(postgres, _template, study, artifacts):
 
     with open_storage(postgres.url(postgres.create(template=_template))) as storage:
         study_file = load_study_file(str(study))
-        with open_worker(study_file, storage, device="cpu", artifacts=artifacts) as (_, worker):
+        with open_worker(study_file, storage, device="cpu", artifacts=artifacts) as (_, worker, _):
             list(worker.work())
         return read_record(storage, "small", has_curves=False)
 

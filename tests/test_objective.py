@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import threading
 import weakref
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from frem_search.study_file import load_study_file
 from frem_search.training.weights import load_weights
 
 CPU = torch.device("cpu")
+LEFT = ["learning_curve.csv", "predictions.npz", "predictions.png"]
 PARAMS = {"image_size": 32, "base_channels": 4, "depth": 2, "batch_size": 4, "B": 3, "X": 20.0}
 
 
@@ -60,13 +62,13 @@ def with_params(study_file):
 
 @pytest.fixture
 def make_objective(tmp_path, study_file):
-    def make(file=study_file, *, uid="u", artifacts=tmp_path / "artifacts", n_test=None):
+    def make(file=study_file, *, uid="u", artifacts=tmp_path / "artifacts", n_test=None, **settings):
         dataset = load_dataset(file.dataset, image_size=first_image_size(file))
         if n_test is not None:
             split = dataset.splits[0]
             dataset = replace(dataset, splits=(replace(split, test=split.test[:n_test]),))
         store = Artifacts(str(artifacts), "study")
-        return Objective(file, dataset, device=CPU, precision="fp32", artifacts=store, study_uid=uid)
+        return Objective(file, dataset, device=CPU, precision="fp32", artifacts=store, study_uid=uid, **settings)
 
     return make
 
@@ -208,7 +210,7 @@ def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_p
     member = trained.member(7)
     outcome = trained.finish(7)
     folder = tmp_path / "artifacts" / "study" / "7"
-    assert sorted(path.name for path in folder.iterdir()) == ["predictions.npz", "weights.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == [*LEFT, "weights.pt"]
     assert outcome.score == member.best_score == outcome.result["val"]["mean_iou"]
     assert set(outcome.result) == {"best_epoch", "val", "test"}
     assert list(outcome.result["test"]["per_class"]) == ["ground", "disc", "square"]
@@ -271,7 +273,10 @@ def test_without_test_images_there_are_no_predictions(make_objective, tmp_path):
     trained = make_objective(n_test=0)
     train(trained)
     assert set(trained.finish(0).result) == {"best_epoch", "val"}
-    assert not (tmp_path / "artifacts/study/0/predictions.npz").exists()
+    folder = tmp_path / "artifacts/study/0"
+    assert not (folder / "predictions.npz").exists()
+    # The picture is of validation images then.
+    assert (folder / "predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
@@ -313,10 +318,10 @@ def test_discarding_removes_the_checkpoint_and_on_request_the_weights(make_objec
     trained.finish(0)
     folder = tmp_path / "artifacts/study/0"
     trained.discard(0, weights=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["predictions.npz", "weights.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == [*LEFT, "weights.pt"]
     trained.discard(0, weights=True)
     trained.discard(0, weights=True)
-    assert [path.name for path in folder.iterdir()] == ["predictions.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == LEFT
 
 
 def test_a_full_disk_is_told_with_the_remedy_and_leaves_no_torn_file(make_objective, tmp_path, monkeypatch):
@@ -350,13 +355,70 @@ def test_provenance_says_how_a_trial_was_trained(make_objective):
     assert provenance["frem_search"] == __version__
     assert provenance["torch"] == torch.__version__
     assert provenance["python"] == platform.python_version()
-    assert provenance["device"] == "cpu, 1 threads"
+    assert provenance["device"] == "cpu, 1 thread"
     assert provenance["host"] == platform.node()
-    assert (provenance["precision"], provenance["cohort"], provenance["images"]) == ("fp32", 1, 2 * 8)
+    assert (provenance["precision"], provenance["images"]) == ("fp32", 2 * 8)
+    assert (provenance["cohort"], provenance["layout"]) == (1, "in_turn")
     assert provenance["seed"] == trained.seed
     assert provenance["seconds"] > 0
-    assert provenance["peak_memory_mb"] > 10
+    assert provenance["peak_memory_mb"] == provenance["peak_memory_mb_per_member"] > 10
     json.dumps(provenance, allow_nan=False)
+
+
+@pytest.mark.parametrize("layout", ["in_turn", "threads", "stacked"])
+def test_trials_side_by_side_are_what_they_are_alone_and_say_how_they_were_trained(make_objective, layout):
+    trained, params = make_objective(cohort=2, layout=layout), (PARAMS, PARAMS | {"B": 9, "X": 3.0})
+    for number, each in enumerate(params):
+        trained.admit(number, each)
+    assert sorted((report.key, report.epoch) for report in trained.epochs()) == [
+        (n, e) for n in (0, 1) for e in (1, 2, 3)
+    ]
+    for number, each in enumerate(params):
+        provenance = trained.provenance(number)
+        assert (provenance["cohort"], provenance["layout"], provenance["images"]) == (2, layout, 3 * 8)
+        assert provenance["peak_memory_mb_per_member"] == pytest.approx(provenance["peak_memory_mb"] / 2, abs=1)
+        alone = make_objective(uid="alone")
+        train(alone, number, each)
+        losses = alone.member(number).curve["train_loss"]
+        # What rounding comes to in a stack: tests/test_layouts.py.
+        tolerance = 2e-3 if layout == "stacked" else 0
+        assert trained.member(number).curve["train_loss"] == pytest.approx(losses, rel=0, abs=tolerance)
+
+
+def test_threads_take_one_core_each(make_objective):
+    torch.set_num_threads(2)
+    make_objective(layout="stacked")
+    assert torch.get_num_threads() == 2
+    make_objective(cohort=2, layout="threads")
+    assert torch.get_num_threads() == 1
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [1]
+
+
+def test_trials_of_one_image_size_share_one_copy_of_the_images(make_objective, with_params):
+    trained = make_objective(with_params(image_size=[16, 32]), cohort=4)
+    members = [trained.admit(n, PARAMS | {"image_size": size}) for n, size in enumerate((16, 32, 16, 32))]
+    assert members[0].data is members[2].data
+    assert members[1].data is members[3].data
+    assert members[0].data is not members[1].data
+    assert {report.key for report in trained.epochs() if report.is_done and report.error is None} == {0, 1, 2, 3}
+
+
+def test_a_trial_whose_network_raises_is_told_in_its_report(make_objective):
+    trained = make_objective()
+    broken, _ = (trained.admit(number, PARAMS) for number in (0, 1))
+    broken.network.head.forward = raise_code_error
+    reports = list(trained.epochs())
+    assert [(report.key, type(report.error)) for report in reports if report.error] == [(0, ZeroDivisionError)]
+    assert [report.epoch for report in reports if report.key == 1] == [1, 2, 3]
+
+
+def raise_code_error(*_, **__):
+    message = "a bug in a network"
+    raise ZeroDivisionError(message)
 
 
 def test_trials_of_different_image_sizes_share_an_objective(make_objective, with_params):
@@ -395,7 +457,7 @@ def test_a_released_trial_is_trained_no_further(make_objective):
     train(trained, until=1)
     trained.release(0)
     assert list(trained.epochs()) == []
-    with pytest.raises(StopIteration):
+    with pytest.raises(KeyError):
         trained.member(0)
 
 
@@ -445,5 +507,7 @@ def test_a_device_without_memory_is_told_with_the_remedy(make_objective, monkeyp
 
 def test_a_batch_that_the_network_cannot_normalise_is_a_usage_error(make_objective, with_params):
     trained = make_objective(with_params(image_size=4, batch_size=1))
+    trained.admit(0, PARAMS | {"image_size": 4, "batch_size": 1})
+    (report,) = trained.epochs()
     with pytest.raises(UsageError, match=r"^batch_size: expected at least 2 for training on images of 4x4"):
-        train(trained, 0, PARAMS | {"image_size": 4, "batch_size": 1})
+        raise report.error

@@ -1,6 +1,7 @@
 """Members side by side: each becomes what it becomes alone, up to rounding, and no number of one reaches another."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -30,7 +31,7 @@ DIFFERING = [
     {"X": 1000.0, "weight": 0.6},
     {"B": 1, "X": 3.0, "weight": 0.1, "learning_rate": 2e-2},
 ]
-LOSS = LOSSES["softmax_cross_entropy"].function
+LOSS = LOSSES["softmax_cross_entropy"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,45 +42,44 @@ def one_thread():
     torch.set_num_threads(n_threads)
 
 
-def make_part(n=N_IMAGES, *, size=16, channels=1):
-    """A bright square on noise: class 1 can be told by its brightness."""
+@functools.cache
+def make_data(*, device="cpu", dtype=torch.float32, n=N_IMAGES, size=16):
+    """A bright square on noise: class 1 can be told by its brightness. Members share it, or could not be stacked."""
     rng = np.random.default_rng(0)
     labels = np.zeros((n, size, size), np.uint8)
     for label in labels:
         top, left = rng.integers(0, size // 2, 2)
         label[top : top + size // 2, left : left + size // 2] = 1
-    images = (labels[:, None] - 0.5 + 0.5 * rng.standard_normal((n, channels, size, size))).astype(np.float32)
-    images = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-    return Part(tuple(map(str, range(n))), images, torch.from_numpy(labels))
+    images = (labels[:, None] - 0.5 + 0.5 * rng.standard_normal((n, 1, size, size))).astype(np.float32)
+    images = torch.from_numpy(images).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    part = Part(tuple(map(str, range(n))), images, torch.from_numpy(labels).to(device))
+    return ResidentData(part, part, part, 2, torch.device(device))
 
 
-def make_cohort(part, *, precision="fp32"):
-    data = ResidentData(part, part, part, 2, part.images.device)
-    return Cohort(data, loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
-
-
-def make_member(key=0, *, normalization="batch_norm", steps=0, **params):
+def make_member(key=0, *, normalization="batch_norm", steps=0, data=None, **params):
     rate, weight = params.pop("learning_rate", 1e-2), params.pop("weight", 0.3)
     has_augmentation, batch_size = params.pop("has_augmentation", True), params.pop("batch_size", BATCH)
     wanted = {"base_channels": 4, "depth": 1, "B": 4, "X": 100.0, "supervision": True} | params
     wanted["normalization"] = normalization
+    data = data or make_data()
     network = build_network("unet", in_channels=1, n_classes=2, seed=0, params=wanted)
+    network.to(data.device, data.train.images.dtype)
     if normalization == "batch_renorm":
         for name, buffer in network.named_buffers():
             if name.endswith("num_batches_tracked"):
                 buffer.fill_(steps)
-    return Member(key, network, {"lambda": weight}, rate, batch_size, 10_000, has_augmentation)
+    return Member(key, network, data, {"lambda": weight}, rate, batch_size, 10_000, has_augmentation)
 
 
-def make_members(normalization="batch_norm", differing=DIFFERING):
+def make_members(normalization="batch_norm", differing=DIFFERING, **of_all):
     # Renormalization begins to differ from normalization after 5 000 steps.
     return [
-        make_member(key, normalization=normalization, steps=30_000 * (key % 2), **each)
+        make_member(key, normalization=normalization, steps=30_000 * (key % 2), **of_all, **each)
         for key, each in enumerate(differing)
     ]
 
 
-def train_side_by_side(members, part, *, n_epochs=1, precision="fp32"):
+def train_side_by_side(members, *, n_epochs=1, precision="fp32"):
     """Return mean losses [epoch, member] and the feature magnitudes of each epoch."""
     losses, features = [], []
     for _ in range(n_epochs):
@@ -87,29 +87,19 @@ def train_side_by_side(members, part, *, n_epochs=1, precision="fp32"):
         for member in members:
             member.epoch += 1
             redraw(member.network, seed=0, fold=0, epoch=member.epoch)
-            batches.append(epoch_batches(len(part), member.batch_size, seed=0, fold=0, epoch=member.epoch))
-        loss, magnitudes = train_stacked(members, batches, data=part, loss=LOSS, precision=precision)
+            batches.append(epoch_batches(N_IMAGES, member.batch_size, seed=0, fold=0, epoch=member.epoch))
+        loss, magnitudes = train_stacked(members, batches, loss=LOSS, precision=precision)
         losses.append(loss)
         features.append(magnitudes)
     return torch.stack(losses), features
 
 
-def train_alone(members, part, *, n_epochs=1, precision="fp32"):
-    cohort = make_cohort(part, precision=precision)
+def train_alone(members, *, n_epochs=1, precision="fp32"):
+    cohort = Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
     for member in members:
         for _ in range(n_epochs):
-            cohort.train_epoch(member)
+            assert cohort.train_epoch(member).error is None
     return torch.tensor([member.curve["train_loss"][-n_epochs:] for member in members]).T
-
-
-def as_double(members):
-    for member in members:
-        member.network.double()
-    return members
-
-
-def double(part):
-    return Part(part.cases, part.images.double(), part.labels)
 
 
 def assert_close_states(one, other, *, tolerance):
@@ -133,9 +123,9 @@ def assert_close_optimizers(one, other, *, tolerance):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_members_side_by_side_train_as_each_alone(normalization):
-    part, members, alone = make_part(), make_members(normalization), make_members(normalization)
-    expected = train_alone(alone, part, n_epochs=25)
-    losses, features = train_side_by_side(members, part, n_epochs=25)
+    members, alone = make_members(normalization), make_members(normalization)
+    expected = train_alone(alone, n_epochs=25)
+    losses, features = train_side_by_side(members, n_epochs=25)
     # Kernels add in another order, and Adam makes a rounding grow wherever a gradient is small: 1.2e-7 measured after
     # 2 steps and 1.9e-4 after 50, where losses fell from 0.72 to 0.06. The next test tells rounding from error.
     bounds = dict.fromkeys(range(25), 2e-3) | {0: 1e-6}
@@ -150,27 +140,27 @@ def test_members_side_by_side_train_as_each_alone(normalization):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_in_double_precision_slots_are_refilled_and_left_as_if_members_had_always_been_alone(normalization):
-    part = double(make_part())
-    members, alone = (as_double(make_members(normalization)) for _ in range(2))
-    train_side_by_side(members, part, n_epochs=4)
+    data = make_data(dtype=torch.float64)
+    members, alone = (make_members(normalization, data=data) for _ in range(2))
+    train_side_by_side(members, n_epochs=4)
     first = members[0]
-    members[0] = as_double(make_members(normalization))[0]
-    train_side_by_side(members, part, n_epochs=3)
-    train_alone(members, part, n_epochs=3)
-    train_alone([first], part, n_epochs=6)
-    train_alone(alone, part, n_epochs=10)
+    members[0] = make_members(normalization, data=data)[0]
+    train_side_by_side(members, n_epochs=3)
+    train_alone(members, n_epochs=3)
+    train_alone([first], n_epochs=6)
+    train_alone(alone, n_epochs=10)
     for member, expected in zip([first, *members[1:]], alone, strict=True):
         assert_close_states(member, expected, tolerance=1e-8)  # 3.2e-10 measured after 50 steps
-    train_alone(members[:1], part, n_epochs=4)
+    train_alone(members[:1], n_epochs=4)
     assert_close_states(members[0], alone[0], tolerance=1e-8)
     assert members[0].optimizer.state_dict()["state"][0]["step"] == 20
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_half_precision_is_that_of_each_alone(normalization):
-    part, members, alone = make_part(), make_members(normalization), make_members(normalization)
-    expected = train_alone(alone, part, n_epochs=3, precision="bf16")
-    losses, _ = train_side_by_side(members, part, n_epochs=3, precision="bf16")
+    members, alone = make_members(normalization), make_members(normalization)
+    expected = train_alone(alone, n_epochs=3, precision="bf16")
+    losses, _ = train_side_by_side(members, n_epochs=3, precision="bf16")
     torch.testing.assert_close(losses, expected, rtol=0, atol=2e-2)
     for member in members:
         assert {value.dtype for value in member.network.parameters()} == {torch.float32}
@@ -180,11 +170,11 @@ def test_half_precision_is_that_of_each_alone(normalization):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("layer", ["encoder.0.0.conv1", "head"])
 def test_a_number_that_is_none_stays_in_its_slot(normalization, precision, layer):
-    part, sound, members = make_part(), make_members(normalization), make_members(normalization)
+    sound, members = make_members(normalization), make_members(normalization)
     with torch.no_grad():
         members[1].network.get_submodule(layer).weight.fill_(math.nan)
-    expected, _ = train_side_by_side(sound, part, n_epochs=2, precision=precision)
-    losses, features = train_side_by_side(members, part, n_epochs=2, precision=precision)
+    expected, _ = train_side_by_side(sound, n_epochs=2, precision=precision)
+    losses, features = train_side_by_side(members, n_epochs=2, precision=precision)
     others = [0, 2, 3]
     assert losses[:, 1].isnan().all()
     assert torch.equal(losses[:, others], expected[:, others])
@@ -195,8 +185,8 @@ def test_a_number_that_is_none_stays_in_its_slot(normalization, precision, layer
 
 
 def test_an_epoch_that_fails_leaves_the_members_as_they_were():
-    part, members = make_part(), make_members()
-    train_side_by_side(members[:2], part)
+    members = make_members()
+    train_side_by_side(members[:2])
     before = copy.deepcopy([(m.network.state_dict(), m.optimizer.state_dict()) for m in members])
     calls = []
 
@@ -204,11 +194,11 @@ def test_an_epoch_that_fails_leaves_the_members_as_they_were():
         calls.append(args)
         if len(calls) == 2:
             raise torch.OutOfMemoryError
-        return LOSS(*args)
+        return LOSS.function(*args)
 
     batches = [epoch_batches(N_IMAGES, BATCH, seed=0, fold=0, epoch=3)] * 4
     with pytest.raises(torch.OutOfMemoryError):
-        train_stacked(members, batches, data=part, loss=fails, precision="fp32")
+        train_stacked(members, batches, loss=LOSS._replace(function=fails), precision="fp32")
     for member, (network, optimizer) in zip(members, before, strict=True):
         assert all(torch.equal(value, network[name]) for name, value in member.network.state_dict().items())
         after = member.optimizer.state_dict()["state"]
@@ -218,10 +208,10 @@ def test_an_epoch_that_fails_leaves_the_members_as_they_were():
 
 
 def test_a_checkpoint_of_a_stacked_member_is_one_of_a_plain_member():
-    part, members = make_part(), make_members()
-    train_side_by_side(members, part)
+    members = make_members()
+    train_side_by_side(members)
     stored = dump_checkpoint(members[1], identity={})
-    train_alone([plain := make_member(1, B=8, learning_rate=3e-3)], part)
+    train_alone([plain := make_member(1, B=8, learning_rate=3e-3)])
     # A slice of the stack would be stored with all of the stack; the plain one holds a curve and best weights too.
     assert len(stored) < len(dump_checkpoint(plain, identity={}))
     fresh = make_member(1, B=8, learning_rate=3e-3)
@@ -243,29 +233,29 @@ def watch_augmentation(monkeypatch):
 
 def test_equal_batches_are_turned_once_for_all_members(monkeypatch):
     seen = watch_augmentation(monkeypatch)
-    members, part = make_members(), make_part()
-    train_side_by_side(members, part)
+    members = make_members()
+    train_side_by_side(members)
     assert seen == [BATCH, BATCH]
     members[2].epoch = 7
-    train_side_by_side(members, part)
+    train_side_by_side(members)
     assert seen[2:] == [4 * BATCH, 4 * BATCH]
 
 
 def test_members_without_augmentation_may_be_among_those_with_it(monkeypatch):
-    part, differing = make_part(), [{"has_augmentation": False}, {}, {"has_augmentation": False}]
+    differing = [{"has_augmentation": False}, {}, {"has_augmentation": False}]
     members, alone = (make_members(differing=differing) for _ in range(2))
-    losses, _ = train_side_by_side(members, part)
-    torch.testing.assert_close(losses, train_alone(alone, part), rtol=0, atol=1e-6)
+    losses, _ = train_side_by_side(members)
+    torch.testing.assert_close(losses, train_alone(alone), rtol=0, atol=1e-6)
     assert abs(losses[0, 0] - losses[0, 1]) > 1e-4
     seen = watch_augmentation(monkeypatch)
-    train_side_by_side(members[::2], part)
+    train_side_by_side(members[::2])
     assert seen == []
 
 
 def test_one_member_is_a_stack_too():
-    part, members, alone = make_part(), [make_member()], [make_member()]
-    losses, features = train_side_by_side(members, part)
-    torch.testing.assert_close(losses, train_alone(alone, part), rtol=0, atol=1e-6)
+    members, alone = [make_member()], [make_member()]
+    losses, features = train_side_by_side(members)
+    torch.testing.assert_close(losses, train_alone(alone), rtol=0, atol=1e-6)
     assert (losses.shape, features[0].bottleneck.shape, features[0].skip.shape) == ((1, 1), (1, 8), (1,))
 
 
@@ -373,9 +363,9 @@ class CountReadBacks(TorchDispatchMode):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_python_asks_for_no_value_within_an_epoch(normalization):
-    members, part = make_members(normalization), make_part()
+    members = make_members(normalization)
     with CountReadBacks() as counter:
-        losses, _ = train_side_by_side(members, part)
+        losses, _ = train_side_by_side(members)
     assert counter.n == 0
     with CountReadBacks() as counter:
         losses[0, 0].item()
@@ -386,12 +376,7 @@ def test_python_asks_for_no_value_within_an_epoch(normalization):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_members_side_by_side_on_the_gpu_train_as_each_alone(precision):
-    device = torch.device("cuda:0")
-    part = make_part()
-    part = Part(part.cases, part.images.to(device), part.labels.to(device))
-    members, alone = make_members(), make_members()
-    for member in members + alone:
-        member.network.to(device)
-    expected = train_alone(alone, part, n_epochs=3, precision=precision)
-    losses, _ = train_side_by_side(members, part, n_epochs=3, precision=precision)
+    members, alone = (make_members(data=make_data(device="cuda:0")) for _ in range(2))
+    expected = train_alone(alone, n_epochs=3, precision=precision)
+    losses, _ = train_side_by_side(members, n_epochs=3, precision=precision)
     torch.testing.assert_close(losses.cpu(), expected, rtol=0, atol=2e-2)

@@ -1,76 +1,21 @@
 """The worker: whatever interrupts it, a search comes to the same trials; what fails says why."""
 
-import json
 import math
-import signal
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
 import sqlalchemy as sa
-import torch
-from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from searches import curves, kinds, leases, make_search, raising, stop_after
 
 from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StorageError
-from frem_search.leases import Leases
-from frem_search.pruners import make_pruner
-from frem_search.samplers import make_sampler
-from frem_search.space import Fixed, Range
-from frem_search.storage import open_storage
-from frem_search.study_file import load_study_file
-from frem_search.worker import MOST_REPORTS, Worker, open_worker
-
-SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0, log=True), "depth": Fixed(4)}
-SEARCHED = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+from frem_search.worker import MOST_REPORTS
 
 
 @pytest.fixture
 def search(storage, do_nothing):
-    """Make a worker of a study "study": `search(n_trials=2, n_epochs=3, ...)`, and `search.study`."""
-
-    def make(objective=None, *, n_trials=2, pruner="none", settings=None, lease=None, **of_worker):
-        objective = objective or do_nothing()
-        make.study = optuna.create_study(
-            storage=storage.optuna,
-            study_name="study",
-            direction="maximize",
-            sampler=make_sampler("tpe", space=SEARCHED, seed=0, n_startup_trials=4),
-            pruner=make_pruner(pruner, settings or {}),
-            load_if_exists=True,
-        )
-        make.study.set_user_attr("n_trials", n_trials)
-        make.leases = Leases(storage, make.study, distributions=SEARCHED, **(lease or {}))
-        return Worker(make.leases, objective, space=SPACE, n_epochs=objective.n_epochs, **of_worker)
-
-    return make
-
-
-def stop_after(n_looks):
-    """Return an `is_stopping` that says yes from its n-th look on."""
-    looks = iter(range(n_looks))
-    return lambda: next(looks, None) is None
-
-
-def kinds(worker):
-    return [event.kind for event in worker.work()]
-
-
-def curves(storage):
-    with storage.engine.connect() as connection:
-        return connection.execute(sa.text("SELECT curve FROM frem_curve ORDER BY trial_id")).scalars().all()
-
-
-def leases(storage):
-    with storage.engine.connect() as connection:
-        return connection.execute(sa.text("SELECT * FROM frem_lease ORDER BY trial_id")).all()
+    return make_search(storage, do_nothing)
 
 
 def test_what_happens_in_a_search(search, storage):
@@ -82,7 +27,8 @@ def test_what_happens_in_a_search(search, storage):
     trials = search.study.trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     assert [event.value for event in events if event.kind == "complete"] == [trial.value for trial in trials]
-    assert trials[0].user_attrs == {"result": {"best_epoch": 3}, "provenance": {"seconds": 1.0}}
+    result = {"best_epoch": 3, "val": {"mean_iou": trials[0].value, "per_class": {}}}
+    assert trials[0].user_attrs == {"result": result, "provenance": {"seconds": 1.0}}
     assert [curve["epoch"] for curve in curves(storage)] == [[1, 2, 3]] * 2
     assert kinds(search(n_trials=2)) == []
 
@@ -141,7 +87,8 @@ def test_a_search_that_was_stopped_again_and_again_comes_to_the_same(search, do_
     luck, checkpoints, n_stops, events = np.random.default_rng(seed), {}, 0, None
     while events != []:
         objective = do_nothing(5, checkpoints=checkpoints)
-        events = kinds(search(objective, n_trials=6, is_stopping=stop_after(luck.integers(1, 9)), **pruning))
+        is_stopping = stop_after(objective, luck.integers(1, 9))
+        events = kinds(search(objective, n_trials=6, is_stopping=is_stopping, **pruning))
         n_stops += "released" in events
         assert objective.members == {}
     assert n_stops >= 2
@@ -152,7 +99,8 @@ def test_a_search_that_was_stopped_again_and_again_comes_to_the_same(search, do_
 
 def test_a_stop_stores_where_the_trial_was(search, do_nothing, storage):
     checkpoints = {}
-    events = kinds(search(do_nothing(9, checkpoints=checkpoints), n_trials=1, is_stopping=stop_after(2)))
+    objective = do_nothing(9, checkpoints=checkpoints)
+    events = kinds(search(objective, n_trials=1, is_stopping=stop_after(objective, 2)))
     assert events == ["claimed", "epoch", "epoch", "released"]
     (row,) = leases(storage)
     assert (row.token, row.reason, row.attempts, row.checkpoint_epoch, row.epoch) == (None, "stopped", 0, 2, 2)
@@ -164,7 +112,8 @@ def test_a_stop_stores_where_the_trial_was(search, do_nothing, storage):
 
 
 def test_a_stop_after_the_last_epoch_completes_the_trial(search, do_nothing):
-    events = kinds(search(do_nothing(3), n_trials=5, is_stopping=stop_after(3)))
+    objective = do_nothing(3)
+    events = kinds(search(objective, n_trials=5, is_stopping=stop_after(objective, 3)))
     assert events == ["claimed", "epoch", "epoch", "epoch", "complete"]
 
 
@@ -235,13 +184,6 @@ def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, d
 
 
 # ---- Errors.
-
-
-def raising(error):
-    def act(*_):
-        raise error
-
-    return act
 
 
 def test_three_code_errors_in_a_row_end_the_worker(search, do_nothing, storage):
@@ -344,123 +286,3 @@ def test_a_finished_trial_leaves_no_checkpoint_and_only_the_best_keep_their_weig
     list(search(objective, n_trials=KEPT_WEIGHTS + 3).work())
     assert [number for number, weights in objective.discarded if not weights] == list(range(KEPT_WEIGHTS + 3))
     assert {number for number, weights in objective.discarded if weights} == {0, 1, 2}
-
-
-# ---- With the real objective.
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def tiny_study(tiny_study):
-    """The tiny study, learning fast enough for its trials to differ in their scores."""
-    text = tiny_study.read_text().replace("batch_size = 4\n", "batch_size = 2\nlearning_rate = 0.01\n")
-    tiny_study.write_text(text)
-    return tiny_study
-
-
-@pytest.fixture
-def real(tiny_study, tmp_path):
-    """Run `tiny_study` in a database with the real objective, and give what is left to compare."""
-    study_file = load_study_file(str(tiny_study), n_epochs=6)
-
-    def work(storage, *, artifacts="artifacts", **settings):
-        url = str(tmp_path / artifacts)
-        with open_worker(study_file, storage, device="cpu", artifacts=url, **settings) as (study, worker):
-            return study, [event.kind for event in worker.work()]
-
-    return work
-
-
-def outcome(study):
-    found = []
-    for trial in study.optuna.trials:
-        result = trial.user_attrs["result"]
-        found.append((trial.number, trial.state, trial.params, trial.value, trial.intermediate_values, result))
-    return found
-
-
-def without_seconds(curves_of_trials):
-    return [{name: column for name, column in curve.items() if name != "seconds"} for curve in curves_of_trials]
-
-
-@pytest.fixture
-def uninterrupted(postgres, _template, real, one_thread):
-    """What the search comes to when nothing happens to it."""
-    name = postgres.create(template=_template)
-    with open_storage(postgres.url(name)) as storage:
-        study, events = real(storage, artifacts="whole")
-        assert events.count("complete") == 3
-        found = outcome(study), without_seconds(curves(storage))
-    postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    return found
-
-
-def test_an_interrupted_search_comes_to_bitwise_the_same(storage, real, uninterrupted):
-    assert len({trial[3] for trial in uninterrupted[0]}) == 3  # the trials do differ
-    luck, n_released = np.random.default_rng(0), 0
-    while True:
-        study, events = real(storage, is_stopping=stop_after(luck.integers(1, 7)), checkpoint_every_s=1000)
-        n_released += events.count("released")
-        if [trial.state for trial in study.optuna.trials] == [TrialState.COMPLETE] * 3:
-            break
-    assert n_released >= 2
-    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
-
-
-def test_a_torn_or_foreign_checkpoint_is_set_aside_and_changes_nothing(storage, real, uninterrupted, tmp_path):
-    study, events = real(storage, is_stopping=stop_after(3))
-    assert events[-1] == "released"
-    checkpoint = tmp_path / "artifacts" / study.artifacts_prefix / "0" / "checkpoint.pt"
-    whole_content = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole_content[: len(whole_content) // 2])
-    real(storage, is_stopping=stop_after(2))
-    assert checkpoint.with_name("checkpoint.pt.unusable").read_bytes() == whole_content[: len(whole_content) // 2]
-    foreign = torch.load(checkpoint, weights_only=True)
-    foreign["identity"]["study"] = "another"
-    foreign["epoch"] = 5
-    torch.save(foreign, checkpoint)
-    study, events = real(storage)
-    assert events.count("complete") == 3
-    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
-    assert (
-        torch.load(checkpoint.with_name("checkpoint.pt.unusable"), weights_only=True)["identity"]["study"] == "another"
-    )
-
-
-def test_a_search_killed_again_and_again_comes_to_bitwise_the_same(
-    storage, storage_url, start_cli, run_cli, tiny_study, uninterrupted
-):
-    command = ["run", "--study", tiny_study, "--device", "cpu", "--n-epochs", 6, "--checkpoint-every", 0]
-    luck = np.random.default_rng(0)
-    for _ in range(2):
-        process = start_cli(*command, FREM_SEARCH_STORAGE=storage_url)
-        wait_for_epochs(storage, process, more=int(luck.integers(1, 4)))
-        time.sleep(float(luck.random()) * 0.03)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    done = run_cli(*command, "--json", FREM_SEARCH_STORAGE=storage_url)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["states"]["complete"] == 3
-    study = SimpleNamespace(optuna=optuna.load_study(study_name="tiny", storage=storage.optuna))
-    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
-
-
-def wait_for_epochs(storage, process, *, more):
-    """Wait until the search has reported so many epochs more than it had."""
-    before, deadline = n_reports(storage), time.monotonic() + 60
-    while n_reports(storage) < before + more and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def n_reports(storage):
-    with storage.engine.connect() as connection:
-        return connection.execute(sa.text("SELECT count(*) FROM trial_intermediate_values")).scalar()

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from frem_search import __version__
-from frem_search.cli import data, model, search, service, studies
+from frem_search.cli import bench, dashboard, data, db, model, search, service, studies
 from frem_search.errors import FremSearchError
 from frem_search.stop import interrupt_on_signals
 
@@ -25,6 +25,9 @@ model.add_to(app)
 studies.add_to(app)
 data.add_to(app)
 service.add_to(app)
+db.add_to(app)
+dashboard.add_to(app)
+bench.add_to(app)
 
 
 def _print_version(value: bool) -> None:

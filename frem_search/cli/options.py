@@ -55,6 +55,54 @@ ArtifactsOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(envvar="FREM_SEARCH_DEVICE", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
 ]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        envvar="FREM_SEARCH_DEVICE",
+        help="auto, cpu, cuda or cuda:N, or several with commas between; auto takes every GPU that there is.",
+    ),
+]
+CohortOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FREM_SEARCH_COHORT",
+        help="Trials side by side in a worker: a number, or auto for the fastest, which is measured once. Without it: "
+        "what the study was begun with; for a new one auto on a GPU and 1 on the CPU, where only then every run makes "
+        "the same suggestions.",
+        show_default=False,
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="FREM_SEARCH_WORKERS",
+        help="Worker processes. Without it: one for each device; on the CPU 1, or with --cohort auto as many as are "
+        "the fastest. On Ray one for each GPU, or on the CPU for each node.",
+        show_default=False,
+    ),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        envvar="FREM_SEARCH_ENGINE",
+        help="Where workers run: local, on this machine, or ray, on the cluster of RAY_ADDRESS.",
+    ),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(
+        envvar="FREM_SEARCH_GPUS_PER_WORKER",
+        help="On Ray: the part of a GPU that each worker gets; 1 without it.",
+        show_default=False,
+    ),
+]
+CheckpointOption = Annotated[
+    float,
+    typer.Option(
+        min=0, envvar="FREM_SEARCH_CHECKPOINT_EVERY", help="Seconds after which a checkpoint follows the next epoch."
+    ),
+]
 TrialsOption = Annotated[
     int | None,
     typer.Option(
@@ -70,8 +118,16 @@ OutOption = Annotated[Path, typer.Option("--out", envvar="FREM_SEARCH_OUT", help
 
 
 @contextmanager
-def storage_of(url: str | None) -> "Iterator[Storage]":
+def storage_of(
+    url: str | None, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+) -> "Iterator[Storage]":
     """Open the storage of a command.
+
+    Args:
+        url: What --storage gave.
+        upgrades: As `Storage` takes it.
+        is_read_only: As `Storage` takes it.
+        n_connections: As `Storage` takes it.
 
     Raises:
         UsageError: The URL stands on the command line with a password in it.
@@ -81,10 +137,11 @@ def storage_of(url: str | None) -> "Iterator[Storage]":
     if url and url != os.environ.get("FREM_SEARCH_STORAGE") and normalise_url(url).password:
         message = (
             "--storage: a password on the command line can be read by every user of this machine. "
-            "Set FREM_SEARCH_STORAGE to the whole URL, or leave the password out and use PGPASSFILE."
+            "Set FREM_SEARCH_STORAGE to the whole URL, or leave the password out and use FREM_SEARCH_PASSWORD_FILE or "
+            "PGPASSFILE."
         )
         raise UsageError(message)
-    with open_storage(url) as storage:
+    with open_storage(url, upgrades=upgrades, is_read_only=is_read_only, n_connections=n_connections) as storage:
         yield storage
 
 

@@ -5,7 +5,15 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from frem_search.record import StudyRecord
 from frem_search.status import format_value
@@ -32,14 +40,17 @@ def show_progress(events: Iterator[TrialEvent], record: StudyRecord) -> None:
     )  # fmt: skip
     with Progress(*columns, console=console, transient=False) as bars:
         trials = bars.add_task(record.name, total=record.n_trials, completed=follower.n_finished)
-        epochs = bars.add_task("", total=record.contract["n_epochs"], visible=False)
+        running: dict[int, TaskID] = {}
         for event in events:
             line = follower.line(event)
-            if event.kind in ("claimed", "adopted"):
-                bars.reset(epochs, description=f"  trial {event.number}", visible=True)
-            if event.report is not None:
-                bars.update(epochs, completed=event.report.epoch)
-            elif line:
+            if event.params is not None:
+                name = f"  trial {event.number}"
+                running[event.number] = bars.add_task(name, total=record.contract["n_epochs"])
+            elif event.kind == "epoch":
+                bars.update(running[event.number], completed=event.epoch)
+            elif event.number in running:
+                bars.remove_task(running.pop(event.number))
+            if line and event.kind != "epoch":
                 bars.console.print(line, highlight=False, markup=False)
             bars.update(trials, completed=follower.n_finished, description=follower.title())
 
@@ -48,7 +59,7 @@ def _follow_plainly(events: Iterator[TrialEvent], follower: "_Follower") -> None
     told_at = time.monotonic()
     for event in events:
         line = follower.line(event)
-        if event.report is not None and time.monotonic() - told_at < PLAIN_EVERY_S:
+        if event.kind == "epoch" and time.monotonic() - told_at < PLAIN_EVERY_S:
             continue
         if line:
             sys.stderr.write(line + "\n")
@@ -77,9 +88,9 @@ class _Follower:
             searched = self._record.searched
             self._params[event.number] = ", ".join(f"{key} {format_value(event.params[key])}" for key in searched)
             return f"{name}: goes on from its last checkpoint" if event.kind == "adopted" else ""
-        if event.report is not None:
-            n_epochs = self._record.contract["n_epochs"]
-            return f"{name}: epoch {event.report.epoch} of {n_epochs}, {self._record.score} {event.report.score:.4f}"
+        if event.kind == "epoch":
+            score = "" if event.report is None else f", {self._record.score} {event.report.score:.4f}"
+            return f"{name}: epoch {event.epoch} of {self._record.contract['n_epochs']}{score}"
         is_told, self._is_waiting = self._is_waiting, event.kind == "waiting"
         if event.kind == "waiting":
             return "" if is_told else "waiting for trials that other workers hold"

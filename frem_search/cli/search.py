@@ -1,26 +1,32 @@
-"""Commands that run a search and look at it: run, status, trials, figures."""
+"""Commands that run a search and look at it: run, worker, status, trials, figures."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frem_search.cli.engines import INTERRUPTED, Asked, check_engine, open_worker, run_here, run_on_ray
 from frem_search.cli.options import (
     ArtifactsOption,
+    CheckpointOption,
+    CohortOption,
     DatasetOption,
     DeviceOption,
+    DevicesOption,
+    EngineOption,
     EpochsOption,
+    GpusOption,
     JsonOption,
     OutOption,
     QuickOption,
     StorageOption,
     StudyOption,
     TrialsOption,
+    WorkersOption,
     record_of,
     storage_of,
 )
@@ -29,18 +35,10 @@ from frem_search.errors import UsageError
 if TYPE_CHECKING:
     from frem_search.record import StudyRecord
 
-CheckpointOption = Annotated[
-    float,
-    typer.Option(
-        min=0, envvar="FREM_SEARCH_CHECKPOINT_EVERY", help="Seconds after which a checkpoint follows the next epoch."
-    ),
-]
-INTERRUPTED = 130
-
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands, in the order in which help shows them."""
-    for command in (run, status, trials, figures):
+    for command in (run, worker, status, trials, figures):
         app.command()(command)
 
 
@@ -50,7 +48,11 @@ def run(
     dataset: DatasetOption = None,
     storage: StorageOption = None,
     artifacts: ArtifactsOption = None,
-    device: DeviceOption = "auto",
+    device: DevicesOption = "auto",
+    workers: WorkersOption = None,
+    engine: EngineOption = "local",
+    gpus_per_worker: GpusOption = None,
+    cohort: CohortOption = None,
     n_trials: TrialsOption = None,
     n_epochs: EpochsOption = None,
     checkpoint_every: CheckpointOption = 60.0,
@@ -62,36 +64,84 @@ def run(
 
     \b
     $ frem-search run --study mouse_frem --quick
+    $ frem-search run --study mouse_frem --quick --cohort auto
+    $ frem-search run --study mouse_frem --engine ray
     """
-    from frem_search.artifacts import artifacts_url
-    from frem_search.cli.progress import show_progress
     from frem_search.record import read_record
     from frem_search.status import status_json, status_lines
     from frem_search.stop import stop_on_signals
     from frem_search.study_file import load_study_file
-    from frem_search.worker import open_worker
 
-    if math.isnan(checkpoint_every):
-        message = "--checkpoint-every: expected seconds of at least 0, but got nan."
-        raise UsageError(message)
-    study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
+    check_engine(engine, gpus_per_worker=gpus_per_worker)
+    which: dict[str, Any] = {
+        "study": study,
+        "quick": quick,
+        "dataset": dataset,
+        "n_trials": n_trials,
+        "n_epochs": n_epochs,
+    }
+    study_file = load_study_file(**which)
+    asked = Asked(
+        study_file,
+        which,
+        storage_url=storage,
+        artifacts=artifacts,
+        device=device,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        cohort=cohort,
+        checkpoint_every=checkpoint_every,
+    )
     with stop_on_signals() as stop, storage_of(storage) as opened:
-        with open_worker(
+        (run_on_ray if engine == "ray" else run_here)(asked, opened, is_stopping=stop)
+        record = read_record(opened, study_file.name, has_curves=False)
+    typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
+    if stop():
+        raise typer.Exit(INTERRUPTED)
+
+
+def worker(
+    study: StudyOption,
+    quick: QuickOption = False,
+    dataset: DatasetOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    device: DeviceOption = "auto",
+    cohort: CohortOption = None,
+    n_trials: TrialsOption = None,
+    n_epochs: EpochsOption = None,
+    checkpoint_every: CheckpointOption = 60.0,
+) -> None:
+    """Be one worker of a study, for whatever starts workers: a scheduler, another machine, a container.
+
+    It begins the study or joins it, and leaves when the budget is spent or it is told to stop (SIGTERM, SIGINT).
+
+    \b
+    $ frem-search worker --study mouse_frem --storage postgresql://worker@db.example.org/frem
+    """
+    from frem_search.cli.progress import show_progress
+    from frem_search.processes import has_lost_parent
+    from frem_search.record import read_record
+    from frem_search.stop import stop_on_signals
+    from frem_search.study_file import load_study_file
+
+    study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
+    with (
+        stop_on_signals() as stop,
+        storage_of(storage) as opened,
+        open_worker(
             study_file,
             opened,
             device=device,
-            artifacts=artifacts_url(artifacts),
-            is_stopping=stop,
-            checkpoint_every_s=checkpoint_every,
-        ) as (_, worker):
-            before = read_record(opened, study_file.name, has_curves=False)
-            if n_trials is not None and n_trials < before.n_trials:
-                note = f"{before.name}: the budget stays {before.n_trials} trials; it can be raised, not lowered."
-                typer.echo(note, err=True)
-            with closing(worker.work()) as events:  # whatever happens, the trial is let go before the database is
-                show_progress(events, before)
-        record = read_record(opened, study_file.name, has_curves=False)
-    typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
+            artifacts=artifacts,
+            cohort=cohort,
+            workers=1,
+            checkpoint_every=checkpoint_every,
+            is_stopping=lambda: stop() or has_lost_parent(),
+        ) as (_, worker, _),
+        closing(worker.work()) as events,
+    ):
+        show_progress(events, read_record(opened, study_file.name, has_curves=False))
     if stop():
         raise typer.Exit(INTERRUPTED)
 

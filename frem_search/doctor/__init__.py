@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from frem_search.doctor import database, images, machine
 from frem_search.doctor.finding import Finding
+from frem_search.errors import UsageError
+from frem_search.files import read_secret
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -74,7 +77,18 @@ def secrets_of(url: str | None) -> tuple[str, ...]:
     """
     given = url or os.environ.get("FREM_SEARCH_STORAGE") or ""
     _, _, password = given.rpartition("@")[0].partition("://")[2].partition(":")
-    return tuple(text for text in (given if password else "", password, os.environ.get("PGPASSWORD", "")) if text)
+    found = (given if password else "", password, os.environ.get("PGPASSWORD", ""), _in_password_file())
+    return tuple(text for text in found if text)
+
+
+def _in_password_file() -> str:
+    from frem_search.storage import PASSWORD_FILE
+
+    file = os.environ.get(PASSWORD_FILE)
+    try:
+        return read_secret(Path(file), named_by=PASSWORD_FILE) if file else ""
+    except UsageError:
+        return ""  # which opening the database tells
 
 
 class _Examiner:

@@ -17,6 +17,11 @@ CONNECTIONS_PER_WORKER = 2  # as Storage pools them
 OLDEST_SERVER = 130000  # older ones are past the end of their makers' support, and were never tried
 
 RESERVED = "SELECT sum(setting::int) FROM pg_settings WHERE name ~ '^(superuser_)?reserved_connections$'"
+ROLE = """
+    SELECT current_user, current_setting('default_transaction_read_only')::boolean,
+           rolsuper AND inet_client_addr() IS NOT NULL, has_schema_privilege(c.relnamespace, 'CREATE')
+    FROM pg_roles, pg_class c WHERE rolname = current_user AND c.oid = 'studies'::regclass
+"""
 LACKING_RIGHTS = """
     SELECT c.relname AS name, r AS right
     FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r
@@ -100,12 +105,20 @@ def rights(connection: "sa.Connection") -> Finding:
     import sqlalchemy as sa
 
     lacking = connection.execute(sa.text(LACKING_RIGHTS)).all()
-    role = _scalar(connection, "SELECT current_user")
-    if lacking:
-        found = ", ".join(f"{row.right} on {row.name}" for row in lacking[:4])
-        return Finding("rights", "FAIL", f"role {role} may not {found}.", f"GRANT them, or make {role} the owner.")
+    role, is_only_reading, is_exposed, makes_tables = connection.execute(sa.text(ROLE)).one()
+    if lacking or is_only_reading:
+        found = ", ".join(f"{row.right} on {row.name}" for row in lacking[:4]) or "write: its transactions only read"
+        remedy = (
+            "That is enough for status, trials, figures and dashboard; workers connect as frem_worker, which "
+            "`frem-search db init` sets up."
+        )
+        return Finding("rights", "FAIL", f"role {role} may not {found}.", remedy)
     _scalar(connection, "INSERT INTO studies (study_name) VALUES (:name) RETURNING study_id", name=uuid.uuid4().hex)
-    return Finding("rights", "ok", f"role {role} reads, writes and deletes")
+    if is_exposed:
+        remedy = "Workers need less: `frem-search db init` sets up frem_worker."
+        return Finding("rights", "warn", f"role {role} is a superuser, and the server is reached by network.", remedy)
+    tables = "makes tables" if makes_tables else "makes no tables"
+    return Finding("rights", "ok", f"role {role} reads, writes and deletes; {tables}")
 
 
 CHECKS: "Mapping[str, Callable[[sa.Connection], Finding]]" = {

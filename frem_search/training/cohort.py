@@ -1,37 +1,36 @@
-"""The members that train on one device, one epoch each in turn."""
+"""The members that train side by side on one device."""
 
 import math
 import time
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from frem_search.data.augment import turn_and_flip
-from frem_search.data.batches import epoch_batches
+from frem_search.data.batches import EpochBatches, epoch_batches
 from frem_search.losses import LOSSES
-from frem_search.networks import enhancement, redraw
+from frem_search.metrics import Score
+from frem_search.networks import redraw
 from frem_search.output import Features
-from frem_search.training.evaluate import precision_context, score_images
+from frem_search.training.device import is_out_of_memory
+from frem_search.training.epoch import end_epoch, train_alone
+from frem_search.training.evaluate import score_images
 from frem_search.training.member import EpochReport, Member
-from frem_search.training.resident import ResidentData
+from frem_search.training.stacked import train_stacked
 
 
 class Cohort:
-    """Members that share images, loss, metric and the seed from which batches and turns follow.
+    """Members that share loss, metric, precision and the seed from which batches and turns follow.
 
-    A member's batches depend on seed, fold and its own epoch, so that it trains the same alone and among others.
+    A member's batches depend on seed, fold and its own epoch, so that it trains the same alone, among others and in a
+    slot that another one left.
 
     Args:
-        data: The fold's images on the device.
         loss: A name of `LOSSES`.
         metric: A name of `METRICS`.
         precision: `fp32` or `bf16`.
         seed: The study's.
-        fold: Which fold `data` holds.
+        fold: Which fold the members' images are of.
     """
 
-    def __init__(self, data: ResidentData, *, loss: str, metric: str, precision: str, seed: int, fold: int) -> None:
-        self.data = data
+    def __init__(self, *, loss: str, metric: str, precision: str, seed: int, fold: int) -> None:
         self.loss, self.metric, self.precision = LOSSES[loss], metric, precision
         self.seed, self.fold = seed, fold
         self.members: dict[int, Member] = {}
@@ -44,95 +43,82 @@ class Cohort:
         """Let a member go, finished or not."""
         del self.members[key]
 
-    def train_epoch(self, member: Member) -> EpochReport:
-        """Train one member for one epoch and validate it."""
-        started = time.perf_counter()
+    def holds(self, member: Member) -> bool:
+        """Whether a member is in, and was not let go or replaced meanwhile."""
+        return self.members.get(member.key) is member
+
+    def active(self) -> list[Member]:
+        """Return the members that have epochs left."""
+        return [member for member in self.members.values() if member.is_active]
+
+    def begin_epoch(self, member: Member) -> EpochBatches:
+        """Draw what is random in a member's next epoch: enhanced maps, order and turns of the images."""
         epoch = member.epoch + 1
         redraw(member.network, seed=self.seed, fold=self.fold, epoch=epoch)
-        losses, features = self._train(member, epoch)
-        score = score_images(
+        return epoch_batches(len(member.data.train), member.batch_size, seed=self.seed, fold=self.fold, epoch=epoch)
+
+    def train_epoch(self, member: Member) -> EpochReport:
+        """Train one member by itself for one epoch and validate it.
+
+        What its code raises ends the member and is told in the report; lack of memory concerns all and is raised.
+        """
+        started = time.perf_counter()
+        try:
+            batches = self.begin_epoch(member)
+            loss, features = train_alone(member, batches, loss=self.loss, precision=self.precision)
+            # The first host synchronisation of the epoch.
+            return end_epoch(
+                member, train_loss=loss.item(), features=features, score=self.validate(member), started=started
+            )
+        except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
+            return self.ended(member, error)
+
+    def train_epoch_stacked(self, members: Sequence[Member]) -> list[EpochReport]:
+        """Train members of one `stack_key` as one computation for one epoch, and validate them."""
+        started = time.perf_counter()
+        try:
+            batches = [self.begin_epoch(member) for member in members]
+            losses, features = train_stacked(members, batches, loss=self.loss, precision=self.precision)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # They are as they were before. Whose fault it is shows when each is by itself.
+            return [self.train_epoch(member) for member in members]
+        reports = []
+        for slot, (member, loss) in enumerate(zip(members, losses.tolist(), strict=True)):
+            own = None if features is None else Features(*(magnitude[slot] for magnitude in features))
+            try:
+                score = self.validate(member)
+                reports.append(end_epoch(member, train_loss=loss, features=own, score=score, started=started))
+            except Exception as error:  # noqa: BLE001
+                reports.append(self.ended(member, error))
+        return reports
+
+    def validate(self, member: Member) -> Score:
+        """Return a member's score on the validation images, not yet waiting for the device."""
+        data = member.data
+        return score_images(
             member.network,
-            self.data.val.images,
-            self.data.val.labels,
+            data.val.images,
+            data.val.labels,
             metric=self.metric,
-            n_classes=self.data.n_classes,
+            n_classes=data.n_classes,
             precision=self.precision,
         )
-        # The first host synchronisation of the epoch.
-        value, per_class = score.value.item(), score.per_class.tolist()
-        train_loss = losses.item()
-        member.epoch = epoch
-        is_finite = math.isfinite(train_loss)
-        if is_finite and value > member.best_score:
-            member.best_score, member.best_epoch, member.best_per_class = value, epoch, per_class
-            member.keep_weights()
-        seconds = time.perf_counter() - started
-        _note(member, train_loss=train_loss, score=value, per_class=per_class, features=features, seconds=seconds)
-        return EpochReport(member.key, epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds)
 
-    def _train(self, member: Member, epoch: int) -> tuple[Tensor, Features | None]:
-        """Run the steps of one epoch without waiting for the device; return mean loss and mean feature magnitudes."""
-        network, device, images, labels = (
-            member.network,
-            self.data.device,
-            self.data.train.images,
-            self.data.train.labels,
+    def ended(self, member: Member, error: Exception) -> EpochReport:
+        """Let a member end with what its code raised; lack of memory concerns all members and is raised again."""
+        if is_out_of_memory(error):
+            raise error
+        member.has_ended = True
+        return EpochReport(
+            member.key,
+            member.epoch,
+            train_loss=math.nan,
+            score=math.nan,
+            best_score=member.best_score,
+            is_finite=False,
+            is_done=False,
+            seconds=0.0,
+            error=error,
         )
-        batches = epoch_batches(len(self.data.train), member.batch_size, seed=self.seed, fold=self.fold, epoch=epoch)
-        indices, flags = torch.from_numpy(batches.indices).to(device), torch.from_numpy(batches.flags).to(device)
-        coefficients = {name: torch.tensor(value, device=device) for name, value in member.coefficients.items()}
-        total, features = torch.zeros((), device=device), []
-        network.train()
-        for index, flag in zip(indices, flags, strict=True):
-            image, target = images[index], labels[index]
-            if member.has_augmentation:
-                image, target = turn_and_flip(image, target, flag)
-            with precision_context(device, self.precision):
-                output = network(image)
-                loss = self.loss.function(output, target, coefficients)
-            member.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            member.optimizer.step()
-            total += loss.detach()
-            features.append(output.features)
-        return total / len(indices), _mean_features(features)
-
-
-def _mean_features(steps: list[Features | None]) -> Features | None:
-    known = [features for features in steps if features is not None]
-    if not known:
-        return None
-    return Features(*(torch.stack(values).mean(dim=0) for values in zip(*known, strict=True)))
-
-
-def _note(
-    member: Member,
-    *,
-    train_loss: float,
-    score: float,
-    per_class: list[float],
-    features: Features | None,
-    seconds: float,
-) -> None:
-    """Append the epoch to the member's curve; JSON has no NaN, so that a class without a score is None."""
-    row = {"epoch": member.epoch, "train_loss": train_loss, "score": score, "best_score": member.best_score}
-    row |= {"seconds": round(seconds, 4)}
-    curve = member.curve
-    for column, value in row.items():
-        curve[column].append(_finite(value))
-    curve["per_class"].append([_finite(value) for value in per_class])
-    bottleneck = skip = enhanced_sum = other_sum = None
-    if features is not None:
-        maps = features.bottleneck.double().cpu().numpy()
-        layer = enhancement(member.network)
-        bottleneck, skip = float(maps.mean()), features.skip.item()
-        if layer is not None:
-            enhanced_sum, other_sum = float(maps[layer.enhanced].sum()), float(maps[~layer.enhanced].sum())
-    for column, magnitude in (
-        ("bottleneck", bottleneck), ("skip", skip), ("enhanced_sum", enhanced_sum), ("other_sum", other_sum),
-    ):  # fmt: skip
-        curve[column].append(None if magnitude is None else _finite(magnitude))
-
-
-def _finite(value: int | float) -> int | float | None:  # an epoch is an int, and beartype knows no int among floats
-    return value if math.isfinite(value) else None

@@ -1,5 +1,8 @@
 """Which device to train on, and in which precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from frem_search.errors import DeviceError
@@ -34,7 +37,19 @@ def describe_device(device: torch.device) -> str:
     """Return the device's name as its vendor spells it."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"cpu, {n_threads} thread{'s' if n_threads > 1 else ''}"
+
+
+@contextmanager
+def cpu_threads(n: int | None) -> Iterator[None]:
+    """Let kernels on the CPU use so many threads, or as many as before if that is None, as long as the block runs."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_repeatable(device: torch.device) -> None:
@@ -50,6 +65,11 @@ def make_repeatable(device: torch.device) -> None:
     # cuDNN's default is TF32, which is fp32 in name only. Whatever runs in bf16 has no use for it.
     # Not fp32_precision, the newer name: where it is set, cudnn.flags() of PyTorch 2.13 raises.
     cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory left; the CPU's has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def best_precision(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """Several members trained side by side as one computation, for as long as one epoch."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from torch.func import functional_call, vmap
 
 from frem_search.data.augment import turn_and_flip
 from frem_search.data.batches import EpochBatches
-from frem_search.output import Features, Output
+from frem_search.losses import Loss
+from frem_search.output import Features
 from frem_search.training.evaluate import precision_context
 from frem_search.training.member import Member
 from frem_search.training.resident import Part
@@ -18,17 +19,16 @@ from frem_search.training.stacked_kernels import SideBySide
 
 
 def stack_key(member: Member) -> Hashable:
-    """Return what members must have in common to be stacked: every shape, and which coefficients their loss has."""
+    """Return what members must have in common to be stacked: images, every shape, and the loss's coefficients."""
     shapes = tuple((name, tuple(value.shape)) for name, value in member.network.state_dict().items())
-    return type(member.network), shapes, member.batch_size, tuple(sorted(member.coefficients))
+    return type(member.network), id(member.data), shapes, member.batch_size, tuple(sorted(member.coefficients))
 
 
 def train_stacked(
     members: Sequence[Member],
     batches: Sequence[EpochBatches],
     *,
-    data: Part,
-    loss: Callable[[Output, Tensor, Mapping[str, Tensor]], Tensor],
+    loss: Loss,
     precision: str,
 ) -> tuple[Tensor, Features | None]:
     """Run the steps of one epoch of all members without waiting for the device.
@@ -39,8 +39,7 @@ def train_stacked(
     Args:
         members: Of one `stack_key`, their enhanced maps redrawn; they may differ in everything else.
         batches: Of each member's epoch.
-        data: The training images.
-        loss: A function of `LOSSES`.
+        loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
 
     Returns:
@@ -48,9 +47,10 @@ def train_stacked(
     """
     params, buffers = _stacked_state(members)
     optimizer = StackedAdam(members, list(params.values()))
-    step_all = _step_all(members, loss=loss, device=data.images.device, precision=precision)
+    data = members[0].data
+    step_all = _step_all(members, loss=loss, device=data.device, precision=precision)
     seen = []
-    for image, target in _batches(members, batches, data):
+    for image, target in _batches(members, batches, data.train):
         losses, *features = step_all(params, buffers, image, target)
         # The sum, so that a member's gradient is its own loss's; that of a sum is 1 even if another loss is no number.
         losses.sum().backward()
@@ -81,7 +81,7 @@ def _stacked_state(members: Sequence[Member]) -> tuple[dict[str, Tensor], dict[s
 def _step_all(
     members: Sequence[Member],
     *,
-    loss: Callable[[Output, Tensor, Mapping[str, Tensor]], Tensor],
+    loss: Loss,
     device: torch.device,
     precision: str,
 ) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor], tuple[Tensor, ...]]:
@@ -96,7 +96,7 @@ def _step_all(
         state: tuple[dict[str, Tensor], ...], weights: dict[str, Tensor], image: Tensor, target: Tensor
     ) -> tuple[Tensor, ...]:
         output = functional_call(network, state, (image,))
-        return loss(output, target, weights), *(output.features or ())
+        return loss.function(output, target, weights), *(output.features or ())
 
     def step_all(
         params: dict[str, Tensor], buffers: dict[str, Tensor], image: Tensor, target: Tensor

@@ -1,0 +1,99 @@
+"""How many trials an hour a study trains on this machine: a plain loop and every arrangement of ours, in one run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from frem_search.bench.choice import Choice, entrants
+from frem_search.bench.flops import image_flops, matmul_rate
+from frem_search.bench.plain_speed import measure_plain
+from frem_search.bench.report import bench_json, bench_lines
+from frem_search.bench.result import Bench, Entrant, Row
+from frem_search.parameters import split_params
+from frem_search.speed import Speed, Trainee, measure
+from frem_search.training.device import describe_device, make_repeatable
+from frem_search.training.layouts import n_cores
+
+__all__ = ["Bench", "Choice", "Entrant", "Row", "bench_json", "bench_lines", "entrants", "run_bench"]
+
+
+def measure_entrant(trainee: Trainee, entrant: Entrant, *, seconds: float) -> Speed:
+    """Measure a row once.
+
+    Args:
+        trainee: What is trained.
+        entrant: By whom, and in which precision.
+        seconds: For how long at least.
+    """
+    if entrant.is_plain:
+        return measure_plain(trainee, entrant.arrangement, seconds=seconds)
+    return measure(replace(trainee, precision=entrant.precision), entrant.arrangement, seconds=seconds)
+
+
+def run_bench(
+    trainee: Trainee,
+    contestants: Sequence[Entrant],
+    *,
+    n_rounds: int = 3,
+    seconds: float = 3.0,
+    measure_one: Callable[..., Speed] = measure_entrant,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Bench:
+    """Measure all rows in turn, round after round, so that a change of the machine's speed meets all of them.
+
+    A row that could not be run is not tried again.
+
+    Args:
+        trainee: What is trained.
+        contestants: The rows; the first is what the others are compared with.
+        n_rounds: How often each row is measured.
+        seconds: For how long at least in each round.
+        measure_one: Called as `measure_entrant`.
+        tell: Told in a line what was measured.
+    """
+    make_repeatable(trainee.device)  # fp32 is fp32, also in what is measured of the device
+    tell(f"counting operations, measuring matrix products on {describe_device(trainee.device)}")
+    flops = image_flops(trainee)
+    rates = {name: matmul_rate(trainee.device, name) for name in dict.fromkeys(e.precision for e in contestants)}
+    measured: dict[Entrant, list[Speed]] = {entrant: [] for entrant in contestants}
+    for n in range(1, n_rounds + 1):
+        for entrant, speeds in measured.items():
+            if speeds and speeds[-1].error:
+                continue
+            speeds.append(measure_one(trainee, entrant, seconds=seconds))
+            came_to = f"failed: {_first_line(speeds[-1].error)}" if speeds[-1].error else _rate(speeds[-1])
+            tell(f"round {n} of {n_rounds}: {entrant}, {entrant.precision}: {came_to}")
+    file, dataset = trainee.study_file, trainee.dataset
+    split = dataset.splits[file.fold]
+    training = split_params(file, trainee.params).training
+    size = training.image_size or dataset.images.shape[2:]
+    return Bench(
+        study=file.name,
+        dataset=dataset.name,
+        device=describe_device(trainee.device),
+        cores=n_cores(),
+        n_train=len(split.train),
+        n_val=len(split.val),
+        image_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
+        batch_size=training.batch_size,
+        n_epochs=file.n_epochs,
+        n_rounds=n_rounds,
+        seconds=seconds,
+        image_flops=flops,
+        matmul_rates=rates,
+        rows=tuple(_row(entrant, speeds) for entrant, speeds in measured.items()),
+    )
+
+
+def _row(entrant: Entrant, speeds: Sequence[Speed]) -> Row:
+    if speeds[-1].error:  # rounds before it would be compared with rounds that it has not
+        return Row(entrant, (), error=_first_line(speeds[-1].error))
+    peak = max(speed.peak_memory for speed in speeds) // entrant.arrangement.cohort
+    return Row(entrant, tuple(speed.images_per_s for speed in speeds), peak)
+
+
+def _rate(speed: Speed) -> str:
+    return f"{speed.images_per_s:.0f} images/s"
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -1,0 +1,195 @@
+"""Where the workers of `run` are: in this process, in others of this machine, or on a cluster."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from frem_search.errors import UsageError
+
+if TYPE_CHECKING:
+    from frem_search.record import StudyRecord
+    from frem_search.storage import Storage
+    from frem_search.study_file import StudyFile
+    from frem_search.worker import Opened
+
+ENGINES = ("local", "ray")
+INTERRUPTED = 130
+
+
+def check_engine(engine: str, *, gpus_per_worker: float | None) -> None:
+    """Refuse an engine that there is not, or an option that it does not have.
+
+    Raises:
+        UsageError: So it is.
+    """
+    if engine not in ENGINES:
+        message = f"--engine: expected one of {', '.join(ENGINES)}, but got {engine!r}."
+        raise UsageError(message)
+    if engine == "local" and gpus_per_worker is not None:
+        message = (
+            "--gpus-per-worker: only --engine ray divides GPUs. Here, --cohort trains several trials in one worker, "
+            "and --device cuda:0,cuda:0 puts two workers on a GPU."
+        )
+        raise UsageError(message)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of `run`.
+
+    Args:
+        study_file: The study, with the options that concern it.
+        which: Those options: study, quick, dataset, n_trials, n_epochs.
+        storage_url: What --storage gave.
+        artifacts: What --artifacts gave.
+        device: What --device gave.
+        workers: What --workers gave.
+        gpus_per_worker: What --gpus-per-worker gave.
+        cohort: What --cohort gave.
+        checkpoint_every: What --checkpoint-every gave.
+    """
+
+    study_file: "StudyFile"
+    which: dict[str, Any]
+    storage_url: str | None
+    artifacts: str | None
+    device: str
+    workers: int | None
+    gpus_per_worker: float | None
+    cohort: str | None
+    checkpoint_every: float
+
+
+def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
+    """Search in this process, or in several of this machine."""
+    from frem_search.cli.progress import show_progress
+    from frem_search.launch.local import LocalWorkers, devices_of
+    from frem_search.record import read_record
+
+    devices = devices_of(asked.device, asked.workers)
+    with open_worker(
+        asked.study_file,
+        storage,
+        device=devices[0],
+        artifacts=asked.artifacts,
+        cohort=asked.cohort,
+        workers=len(devices) if len(devices) > 1 else asked.workers,
+        checkpoint_every=asked.checkpoint_every,
+        is_stopping=is_stopping,
+    ) as (_, worker, arrangement):
+        before = read_record(storage, asked.study_file.name, has_curves=False)
+        _note_budget(before, asked)
+        if arrangement.workers == 1:
+            with closing(worker.work()) as events:  # whatever happens, trials are let go before the database is
+                show_progress(events, before)
+    if arrangement.workers > 1 and not is_stopping():
+        team = LocalWorkers(
+            worker_arguments(**asked.which, artifacts=asked.artifacts, checkpoint_every=asked.checkpoint_every),
+            devices_of(asked.device, arrangement.workers),
+            storage=storage,
+            study=asked.study_file.name,
+            # Not an option: a password in it would be seen by every user of this machine.
+            environment={"FREM_SEARCH_STORAGE": asked.storage_url} if asked.storage_url else {},
+            is_stopping=is_stopping,
+        )
+        with closing(team.events()) as events:
+            show_progress(events, before)
+
+
+def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
+    """Search on a Ray cluster; the study is begun there, as this machine may have neither GPU nor images."""
+    from frem_search.cli.progress import show_progress
+    from frem_search.launch.ray import ray_cluster, ray_workers, require_this_machine
+    from frem_search.launch.room import plan, room
+    from frem_search.parameters import check
+
+    check(asked.study_file)
+    with ray_cluster() as nodes:
+        if not asked.storage_url:
+            require_this_machine(nodes)
+        chosen = plan(nodes, device=asked.device, workers=asked.workers, gpus_per_worker=asked.gpus_per_worker)
+        n_places = min(chosen.n, room(nodes, cpus=chosen.cpus, gpus=chosen.gpus))
+        _tell(f"Ray: {len(nodes)} nodes with room for {n_places} of {chosen.n} workers")
+        if asked.artifacts is None and len({node.address for node in nodes}) > 1:
+            _tell("No --artifacts: they lie on each machine, and a trial that another one takes over begins again.")
+        team = ray_workers(
+            asked.study_file,
+            worker_arguments(
+                **asked.which | {"study": None},
+                artifacts=asked.artifacts,
+                cohort=asked.cohort,
+                checkpoint_every=asked.checkpoint_every,
+            ),
+            chosen,
+            storage=storage,
+            storage_url=asked.storage_url,
+            is_stopping=is_stopping,
+            tell=_tell,
+        )
+        with team:
+            before = team.begun()
+            if before is None:
+                raise typer.Exit(INTERRUPTED)
+            _note_budget(before, asked)
+            with closing(team.events()) as events:
+                show_progress(events, before)
+
+
+@contextmanager
+def open_worker(
+    study_file: "StudyFile", storage: "Storage", *, artifacts: str | None, checkpoint_every: float, **settings: Any
+) -> "Iterator[Opened]":
+    """Open a worker with what the commands have in common.
+
+    Args:
+        study_file: The study.
+        storage: Its database.
+        artifacts: What --artifacts gave.
+        checkpoint_every: What --checkpoint-every gave.
+        settings: As `worker.open_worker` takes them.
+    """
+    from frem_search.artifacts import artifacts_url
+    from frem_search.worker import open_worker
+
+    if math.isnan(checkpoint_every):
+        message = "--checkpoint-every: expected seconds of at least 0, but got nan."
+        raise UsageError(message)
+    with open_worker(
+        study_file,
+        storage,
+        artifacts=artifacts_url(artifacts),
+        checkpoint_every_s=checkpoint_every,
+        tell=_tell,
+        **settings,
+    ) as opened:
+        yield opened
+
+
+def worker_arguments(**options: Any) -> list[str]:
+    """Return the options of `run` as `worker` takes them.
+
+    >>> worker_arguments(study="mouse_frem", quick=True, n_trials=None)
+    ['--study', 'mouse_frem', '--quick']
+    """
+    arguments = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(option)
+        elif value not in (None, False):
+            arguments += [option, str(value)]
+    return arguments
+
+
+def _note_budget(before: "StudyRecord", asked: Asked) -> None:
+    n_trials = asked.which["n_trials"]
+    if n_trials is not None and n_trials < before.n_trials:
+        _tell(f"{before.name}: the budget stays {before.n_trials} trials; it can be raised, not lowered.")
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)

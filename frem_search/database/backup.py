@@ -1,0 +1,167 @@
+"""A database as one file, and back: all studies, trials, curves and leases as they were at one moment."""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from frem_search.database.programs import find_program, run_program
+from frem_search.database.roles import grant_again
+from frem_search.errors import StorageError, UsageError
+from frem_search.schema import STEPS
+
+if TYPE_CHECKING:
+    from frem_search.storage import Storage
+
+COUNTS = sa.text("SELECT (SELECT count(*) FROM studies) AS studies, (SELECT count(*) FROM trials) AS trials")
+SERVER = sa.text("SELECT current_setting('server_version_num')::int / 10000")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a backup says about itself.
+
+    Args:
+        server: Major version of the server that it was made from.
+        program: Major version of the pg_dump that made it.
+        tables: Version of our tables in it.
+    """
+
+    server: int
+    program: int
+    tables: int
+
+
+def back_up(storage: "Storage", file: Path) -> tuple[int, int]:
+    """Write the database into a new file, there whole or not at all; return how many studies and trials are in it.
+
+    Everything is read in one snapshot: a search may go on meanwhile, and no trial of the file is a half.
+
+    Args:
+        storage: The database; a role that may only read will do.
+        file: Which must not be there yet.
+
+    Raises:
+        UsageError: The file is there, or its folder is not.
+        StorageError: It cannot be read or written.
+    """
+    if file.exists() or file.is_symlink():
+        message = f"--out {file}: expected a new file, but it is there already. Remove it, or give another name."
+        raise UsageError(message)
+    if not file.parent.is_dir():
+        message = f"--out {file}: expected a file in a folder that exists, but {file.parent} is none. Make it first."
+        raise UsageError(message)
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside:
+            copy = Path(beside) / "copy"
+            counted = _dump(storage, copy)
+            read_archive(copy)
+            copy.replace(file)
+    except OSError as error:
+        message = f"--out {file}: cannot be written: {error.strerror}. Give a file in a folder of yours."
+        raise StorageError(message) from None
+    except StorageError as error:
+        message = f"storage {storage.label}: no backup was written: {error}"
+        raise StorageError(message) from None
+    return counted
+
+
+def _dump(storage: "Storage", file: Path) -> tuple[int, int]:
+    """Run pg_dump in a snapshot of ours, so that what is counted is what is written."""
+    program = find_program("pg_dump", at_least=_server(storage))
+    dsn, environment = storage.for_programs()
+    with storage.engine.connect() as connection:
+        connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+        snapshot = connection.execute(sa.text("SELECT pg_export_snapshot()")).scalar_one()
+        options = ["--format=custom", "--no-owner", "--no-privileges", "--no-password", f"--snapshot={snapshot}"]
+        run_program([program, *options, f"--file={file}", f"--dbname={dsn}"], environment=environment)
+        counted = connection.execute(COUNTS).one()
+    return counted.studies, counted.trials
+
+
+def restore(storage: "Storage", file: Path, *, force: bool = False) -> tuple[int, int]:
+    """Replace the database by a backup, in one transaction; return how many studies and trials it has now.
+
+    Args:
+        storage: The database, opened as its owner.
+        file: That `back_up` wrote.
+        force: Replace studies that are there.
+
+    Raises:
+        UsageError: The file is no backup of frem-search, or the database has studies.
+        StorageError: The backup is of a newer version, or the server refuses; then nothing was changed.
+    """
+    archive = read_archive(file)
+    n_studies, _ = count_studies(storage)
+    if n_studies and not force:
+        message = (
+            f"storage {storage.label}: expected a database without studies, but got {n_studies}. Restore into a new "
+            "database, or stop all workers and add --force, which replaces every study by those of the backup."
+        )
+        raise UsageError(message)
+    _refuse_newer(archive, file, server=_server(storage))
+    dsn, environment = storage.for_programs()
+    options = ["--clean", "--if-exists", "--single-transaction", "--exit-on-error", "--no-owner", "--no-privileges"]
+    program = find_program("pg_restore", at_least=archive.program)
+    try:
+        run_program([program, *options, "--no-password", f"--dbname={dsn}", file], environment=environment)
+    except StorageError as error:
+        message = f"storage {storage.label}: {file} was not restored, and nothing was changed: {error}"
+        raise StorageError(message) from None
+    storage.engine.dispose()  # what a connection knew of the tables that were replaced
+    storage.prepare(upgrades=True)
+    grant_again(storage)
+    return count_studies(storage)
+
+
+def read_archive(file: Path) -> Archive:
+    """Return what a backup says about itself.
+
+    Raises:
+        UsageError: It is no backup of frem-search.
+    """
+    try:
+        program = find_program("pg_restore")
+        listed = run_program([program, "--list", file], environment={})
+        versions = run_program([program, "--data-only", "--table=frem_schema", "--file=-", file], environment={})
+    except StorageError as error:
+        message = f"{file}: expected a backup by `frem-search db backup`, but got something else: {error}"
+        raise UsageError(message) from None
+    server = re.search(r"^; +Dumped from database version: (\d+)", listed, re.MULTILINE)
+    dump = re.search(r"^; +Dumped by pg_dump version: (\d+)", listed, re.MULTILINE)
+    tables = re.search(r"^COPY \S*frem_schema .*\n(\d+)$", versions, re.MULTILINE)
+    if not (server and dump and tables):
+        message = f"{file}: expected a backup by `frem-search db backup`, but got one of another program's tables."
+        raise UsageError(message)
+    return Archive(int(server[1]), int(dump[1]), int(tables[1]))
+
+
+def count_studies(storage: "Storage") -> tuple[int, int]:
+    """Return how many studies and trials a database has."""
+    with storage.engine.connect() as connection:
+        row = connection.execute(COUNTS).one()
+    return row.studies, row.trials
+
+
+def _server(storage: "Storage") -> int:
+    with storage.engine.connect() as connection:
+        return int(connection.execute(SERVER).scalar_one())
+
+
+def _refuse_newer(archive: Archive, file: Path, *, server: int) -> None:
+    if archive.server > server:
+        message = (
+            f"{file}: made from PostgreSQL {archive.server}, but the server is PostgreSQL {server}, and PostgreSQL "
+            f"promises that only to newer ones. Restore into PostgreSQL {archive.server} or newer."
+        )
+        raise StorageError(message)
+    if archive.tables > len(STEPS):
+        message = (
+            f"{file}: expected tables of version {len(STEPS)} or older, but got {archive.tables}. "
+            "Install the frem-search that made the backup, or a newer one."
+        )
+        raise StorageError(message)

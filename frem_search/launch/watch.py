@@ -1,0 +1,49 @@
+"""What happens to the trials of a study, as its database tells it: for workers that run elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from frem_search.record import StudyRecord, TrialRecord, read_record
+from frem_search.space import resolve, space_from_json
+from frem_search.storage import Storage
+from frem_search.worker import TrialEvent
+
+POLL_S = 1.0
+ENDED = {"complete": "complete", "pruned": "pruned", "fail": "failed"}
+
+
+def watch(storage: Storage, study: str, *, is_over: Callable[[], bool]) -> Iterator[TrialEvent]:
+    """Yield the events of all trials that begin, advance or end, until told that it is over.
+
+    Args:
+        storage: The database.
+        study: The study's name.
+        is_over: Asked before every look; one last look follows its yes.
+    """
+    begun = read_record(storage, study, has_curves=False).trials
+    known = {trial.number: trial for trial in begun if trial.state != "running"}  # those are news to the listener
+    while True:
+        is_last = is_over()
+        record = read_record(storage, study, has_curves=False)
+        for trial in record.trials:
+            yield from _news(known.get(trial.number), trial, record)
+        known = {trial.number: trial for trial in record.trials}
+        if is_last:
+            return
+        time.sleep(POLL_S)
+
+
+def _news(before: TrialRecord | None, now: TrialRecord, record: StudyRecord) -> Iterator[TrialEvent]:
+    """Yield what happened to a trial between two looks."""
+    was = before.state if before else ""
+    has_begun = now.state == "running" and was != "running"
+    # A quick trial may begin and end between two looks.
+    if has_begun or (now.state in ENDED and not before):
+        params = resolve(space_from_json(record.contract["space"]), now.params)
+        yield TrialEvent("adopted" if was == "waiting" else "claimed", now.number, params=params)
+    if now.state == "running" and now.epoch > (before.epoch if before else 0):
+        yield TrialEvent("epoch", now.number, epoch=now.epoch)
+    if now.state in ENDED and was not in ENDED:
+        yield TrialEvent(ENDED[now.state], now.number, value=now.value, reason=now.reason)
+    if now.state == "waiting" and was == "running":
+        yield TrialEvent("released", now.number, reason=now.reason or "its worker is gone")

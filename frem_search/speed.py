@@ -1,0 +1,183 @@
+"""How many images a second a study trains on this machine, for each way to arrange its trials."""
+
+import gc
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from frem_search.abreast import do_abreast
+from frem_search.artifacts import Artifacts
+from frem_search.data.dataset import Dataset
+from frem_search.data.folds import Split
+from frem_search.errors import FremSearchError
+from frem_search.objective import Objective
+from frem_search.parameters import TrainingParams
+from frem_search.space import corners
+from frem_search.study_file import StudyFile
+from frem_search.training.device import cpu_threads
+from frem_search.training.layouts import ALONE
+from frem_search.training.member import EpochReport
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the trials of a study share a machine.
+
+    Args:
+        workers: Processes, on the CPU with one core each if there are several.
+        cohort: Trials side by side in each of them.
+        layout: How these share the device, a name of `LAYOUTS`.
+    """
+
+    workers: int = 1
+    cohort: int = 1
+    layout: str = ALONE
+
+    def __str__(self) -> str:
+        if self.workers > 1:
+            return f"{self.workers} workers" + (f" x {self.cohort} {self.layout}" if self.cohort > 1 else "")
+        return f"{self.cohort} {self.layout}" if self.cohort > 1 else f"1 trial, {self.layout}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of an arrangement.
+
+    Args:
+        arrangement: Which.
+        images_per_s: Training images, validation included in the time; 0 if it could not be measured.
+        peak_memory: Bytes of the device, of one worker; on the CPU 0, where memory is seldom what is short.
+        error: Why it could not be measured.
+    """
+
+    arrangement: Arrangement
+    images_per_s: float
+    peak_memory: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Trainee:
+    """What is trained while it is timed.
+
+    Args:
+        study_file: The study.
+        dataset: Its images.
+        device: Where to train.
+        precision: `fp32` or `bf16`.
+    """
+
+    study_file: StudyFile
+    dataset: Dataset
+    device: torch.device
+    precision: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters at a corner of the space: where shapes are searched, one of the largest."""
+        sized = ("base_channels", "depth", "batch_size")
+        return max(
+            itertools.islice(corners(self.study_file.space), 64),
+            key=lambda params: [params.get(name, 0) for name in sized],
+        )
+
+    def shortened(self) -> "Trainee":
+        """Return the same with no more images than two batches need, so that an epoch is short on any machine."""
+        split = self.dataset.splits[self.study_file.fold]
+        n_train = min(len(split.train), 2 * int(self.params.get("batch_size", TrainingParams.batch_size)))
+        n_val = max(1, round(n_train * len(split.val) / len(split.train)))
+        short = Split(split.train[:n_train], split.val[:n_val], ())
+        splits = tuple(short for _ in self.dataset.splits)
+        return replace(self, dataset=replace(self.dataset, splits=splits))
+
+
+def measure(trainee: Trainee, arrangement: Arrangement, *, seconds: float) -> Speed:
+    """Train as a search would, the first epoch of every trial not counted; what cannot be trained has no speed.
+
+    Args:
+        trainee: What is trained.
+        arrangement: How.
+        seconds: For how long at least, after the first epochs.
+    """
+    return measured_by(_train, trainee, arrangement, seconds=seconds)
+
+
+def measured_by(train: Callable[..., Speed], trainee: Trainee, arrangement: Arrangement, *, seconds: float) -> Speed:
+    """Return the speed of a training in one process, or of several at the same time together.
+
+    Args:
+        train: Called with trainee, arrangement, seconds and a function to call when the first epochs are over.
+        trainee: What is trained.
+        arrangement: How.
+        seconds: For how long at least.
+    """
+    n, each = arrangement.workers, replace(arrangement, workers=1)
+    try:
+        with cpu_threads(None):
+            speeds = (
+                [train(trainee, each, seconds, lambda: None)]
+                if n == 1
+                else do_abreast(train, trainee, each, seconds, n=n)
+            )
+    except Exception as error:  # noqa: BLE001 what this machine's memory or libraries cannot run is not chosen
+        says_all = n > 1 or isinstance(error, FremSearchError)
+        return Speed(arrangement, 0.0, error=str(error) if says_all else f"{type(error).__name__}: {error}")
+    finally:
+        if trainee.device.type == "cuda":
+            gc.collect()  # what failed may lie in a cycle, and what PyTorch keeps no other process could use
+            torch.cuda.empty_cache()
+    return Speed(arrangement, sum(speed.images_per_s for speed in speeds), max(speed.peak_memory for speed in speeds))
+
+
+def _train(trainee: Trainee, arrangement: Arrangement, seconds: float, wait: Callable[[], Any]) -> Speed:
+    objective = Objective(
+        replace(trainee.study_file, n_epochs=10**9),
+        trainee.dataset,
+        device=trainee.device,
+        precision=trainee.precision,
+        artifacts=Artifacts("memory://", uuid.uuid4().hex),
+        study_uid="",
+        cohort=arrangement.cohort,
+        layout=arrangement.layout,
+    )
+    for number in range(arrangement.cohort):
+        objective.admit(number, trainee.params)
+    n_images = len(objective.member(0).data.train)
+    with closing(objective.epochs()) as reports:
+        _take(reports, arrangement.cohort)
+        wait()
+        started, n_epochs = time.perf_counter(), 0
+        while n_epochs == 0 or time.perf_counter() - started < seconds:
+            n_epochs += _take(reports, arrangement.cohort)
+        elapsed = time.perf_counter() - started
+    return Speed(arrangement, n_epochs * n_images / elapsed, peak_memory(trainee.device))
+
+
+def _take(reports: Iterator[EpochReport], n: int) -> int:
+    for report in itertools.islice(reports, n):
+        if report.error is not None:
+            raise report.error
+    return n
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes of a GPU that were in use since its statistics were reset; of the CPU 0."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def best(speeds: Iterable[Speed], *, margin: float = 1.05) -> Speed:
+    """Return the fastest; an earlier one where that is hardly faster, so that the simplest should stand first."""
+    chosen = None
+    for speed in speeds:
+        if chosen is None or speed.images_per_s > margin * chosen.images_per_s:
+            chosen = speed
+    if chosen is None:
+        message = "expected at least one measured speed"
+        raise ValueError(message)
+    return chosen
