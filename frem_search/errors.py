@@ -12,6 +12,7 @@ FremSearchError             exit status 1
 ├── ArtifactError           a checkpoint or prediction cannot be written or read
 ├── DeviceError             the device is missing
 │   └── DeviceMemoryError   the device has no memory left
+├── WorkerError             worker processes or their cluster ended before their work was done
 └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
 """
 

@@ -54,7 +54,7 @@ FINISH = sa.text("""
     UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)
     WHERE trial_id = :trial_id
 """)
-# Before a lease's row, as a claim does it: what a note adds to the study's attributes locks the study's row too.
+# As a note does it, which refers to the study's row.
 SHARE_STUDY = sa.text("SELECT 1 FROM studies WHERE study_id = :study_id FOR KEY SHARE")
 # A note that somebody wrote in the dashboard while the trial was trained stays.
 KEEP_NOTE = sa.text("""

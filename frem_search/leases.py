@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -108,6 +109,7 @@ class Leases:
         self._device, self._lease_s, self._max_attempts = device, lease_s, max_attempts
         self._worker = uuid.uuid4().hex
         self._held: dict[int, Held] = {}
+        self._notes: dict[int, str] = {}  # of told trials, by their keys
         self._is_stopping, self._away_until = is_stopping, -math.inf
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew_until_stopped, name="lease-renewal", daemon=True)
@@ -119,6 +121,8 @@ class Leases:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewer.join()
+        with suppress(StorageError):  # the database may be what ended the worker
+            self.keep_notes()
 
     def claim(self) -> Held | Literal["spent", "busy"]:
         """Adopt an orphan, else take an enqueued trial, else ask for a new one.
@@ -131,6 +135,7 @@ class Leases:
             StorageError: The database stayed out of reach.
         """
         claimed = self._patiently(self._claim)
+        self._notes.clear()
         if isinstance(claimed, Held):
             self._held[claimed.id] = claimed
         return claimed
@@ -185,7 +190,10 @@ class Leases:
         shown: Mapping[str, str] | None = None,
         curve: Mapping[str, Any] | None = None,
     ) -> None:
-        """Finish a trial: last report, state, value, attributes, note and curve in one transaction.
+        """Finish a trial: last report, state, value, attributes and curve in one transaction.
+
+        Its note for the dashboard follows with the next claim: it belongs to the study, whose row claims lock in turn,
+        and no tell should stand in that line.
 
         Args:
             held: The trial.
@@ -202,7 +210,6 @@ class Leases:
 
         def store() -> None:
             with self._storage.transaction() as connection:
-                connection.execute(SHARE_STUDY, {"study_id": self._study_id})
                 if self._require(connection, held).is_told:
                     return  # stored before, but the connection was lost before the answer came
                 self._store_unsent(connection, held)
@@ -218,6 +225,7 @@ class Leases:
 
         self._patiently(store)
         self._held.pop(held.id, None)
+        self._notes[held.id] = trial_note(state.name.lower(), attrs)
 
     def _send(self, held: Held) -> None:
         """Store what is not stored yet, if the database is there; training does not wait for it."""
@@ -266,6 +274,22 @@ class Leases:
         except StorageError:
             return  # the lease runs out by itself
 
+    def keep_notes(self) -> None:
+        """Store the notes of told trials that no claim has stored since.
+
+        Raises:
+            StorageError: The database stayed out of reach.
+        """
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                if connection.execute(SHARE_STUDY, {"study_id": self._study_id}).first() is not None:
+                    self._store_notes(connection)
+
+        if self._notes:
+            self._storage.retrying(store, patience_s=5.0)
+            self._notes.clear()
+
     def ranking(self, *, most: int) -> list[int]:
         """Return the numbers of the best complete trials, best first."""
 
@@ -281,6 +305,7 @@ class Leases:
     def _claim(self) -> Held | Literal["spent", "busy"]:
         with self._storage.transaction() as connection:
             n_trials = self._lock_study(connection)
+            self._store_notes(connection)
             is_held_by_others = False
             for row in connection.execute(RUNNING_TRIALS, {"study_id": self._study_id}).all():
                 if not self._is_orphan(row) or not self._is_still_orphan(connection, row):
@@ -296,6 +321,10 @@ class Leases:
                 return "busy" if is_held_by_others else "spent"
             trial = self._study.ask(fixed_distributions=dict(self._distributions))
             return self._take(connection, trial, is_adopted=False, attempt=1)
+
+    def _store_notes(self, connection: sa.Connection) -> None:
+        for trial_id, note in self._notes.items():
+            keep_note(connection, self._study_id, trial_id, note)
 
     def _lock_study(self, connection: sa.Connection) -> int:
         """Take the lock on the study's row, which Optuna takes too for every new number; return the budget."""
@@ -343,10 +372,9 @@ class Leases:
         reason = (
             f"{row.attempts} attempts in a row advanced no checkpoint; the last ended: {row.reason or 'worker gone'}"
         )
-        trial = optuna.trial.Trial(self._study, row.trial_id)
-        self._finish(
-            connection, trial, state=TrialState.FAIL, value=None, attrs={"reason": reason}, token=None, epoch=0
-        )
+        trial, attrs = optuna.trial.Trial(self._study, row.trial_id), {"reason": reason}
+        self._finish(connection, trial, state=TrialState.FAIL, value=None, attrs=attrs, token=None, epoch=0)
+        keep_note(connection, self._study_id, row.trial_id, trial_note("fail", attrs))
 
     def _require(self, connection: sa.Connection, held: Held) -> Any:
         """Lock the lease's row, so that until the transaction ends nobody can take the trial; return the row."""
@@ -377,7 +405,6 @@ class Leases:
             value = reports[max(reports)]
         storage.set_trial_state_values(trial_id, state, None if value is None else [value])
         connection.execute(FINISH, {"trial_id": trial_id, "token": token, "epoch": epoch})
-        keep_note(connection, self._study_id, trial_id, trial_note(state.name.lower(), attrs))
 
     def _renew_until_stopped(self) -> None:
         pause_s = self._lease_s / 6

@@ -13,6 +13,7 @@ import imagecodecs
 import optuna
 import psutil
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from frem_search.artifacts import Artifacts
@@ -121,9 +122,33 @@ def test_the_files_are_artifacts_as_optuna_has_them(searched, storage, tmp_path)
 @pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.FAIL])
 def test_a_trial_that_did_not_complete_shows_why(leases, call, state):
     leases.tell(leases.claim(), state=state, attrs={"reason": "RuntimeError: <b>*no*</b>\n# memory"})
+    leases.keep_notes()
     (trial,) = trials_of(call, leases._study_id)
     assert trial["note"]["body"] == f"**{state.name.lower()}**\n\n    RuntimeError: <b>*no*</b>\n    # memory"
     assert trial["artifacts"] == []
+
+
+def test_a_note_comes_with_the_next_claim_or_the_end_of_the_worker(tiny_study, leases, storage, call):
+    study_file = load_study_file(str(tiny_study))
+    study = optuna.load_study(study_name="tiny", storage=storage.optuna)
+
+    def notes():
+        return [trial["note"]["body"][:6] for trial in trials_of(call, leases._study_id)]
+
+    with Leases(storage, study, distributions=distributions(study_file.space)) as others:
+        for _ in range(2):
+            others.tell(others.claim(), state=TrialState.FAIL, attrs={"reason": "none"})
+        assert notes() == ["**fail", ""]
+    assert notes() == ["**fail", "**fail"]
+
+
+def test_a_tell_does_not_wait_for_a_claim(leases, storage_url):
+    held = leases.claim()
+    with open_storage(storage_url) as other, other.engine.begin() as claiming:
+        claiming.execute(sa.text("SELECT 1 FROM studies FOR UPDATE"))
+        claiming.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = '10s'"))
+        leases.tell(held, state=TrialState.COMPLETE, value=0.5, attrs={}, shown={"artifacts:x": "null"})
+        claiming.execute(sa.text("SELECT 1"))  # it was not ended meanwhile
 
 
 def test_a_trial_that_is_given_up_shows_why(leases, storage, call):
@@ -142,12 +167,14 @@ def test_what_somebody_wrote_during_the_training_stays(leases, call):
     held = leases.claim()
     save_note(held.trial, "mine")
     leases.tell(held, state=TrialState.PRUNED, attrs={"reason": "theirs"})
+    leases.keep_notes()
     assert trials_of(call, leases._study_id)[0]["note"] == {"version": 1, "body": "mine"}
 
 
 def test_a_long_note_comes_back_whole(leases, call):
     reason = " ".join(map(str, range(3000)))
     leases.tell(leases.claim(), state=TrialState.FAIL, attrs={"reason": reason})
+    leases.keep_notes()
     assert trials_of(call, leases._study_id)[0]["note"]["body"].endswith(f"    {reason}")
 
 
@@ -240,6 +267,7 @@ def test_an_exported_study_has_each_note_at_its_trial(leases, call, run_cli, sto
     optuna.create_study(storage=storage.optuna, study_name="before").ask()
     for reason in ("first", "second"):
         leases.tell(leases.claim(), state=TrialState.FAIL, attrs={"reason": reason})
+    leases.keep_notes()
     exported = run_cli("export", "--study", "tiny", "--sqlite", "tiny.db", FREM_SEARCH_STORAGE=storage_url)
     assert exported.returncode == 0, exported.stderr
     copy = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'tiny.db'}")

@@ -54,7 +54,7 @@ LINES = list(command_lines())
 def text_files():
     for name in ("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt", ".gitignore"):
         yield REPOSITORY / name
-    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", ".ci"):
+    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", "recipes", ".ci"):
         for path in (REPOSITORY / folder).rglob("*"):
             if path.is_file() and path.suffix not in (".png", ".pyc"):
                 yield path

@@ -21,6 +21,9 @@ from frem_search.training.device import find_device
 REPOSITORY = Path(__file__).parent.parent
 SMALL = {"num_cpus": 1, "object_store_memory": 80_000_000}
 PASSWORD = "hush-8d1f"
+OPEN = {"RAY_AUTH_MODE": "disabled"}  # the cluster is made in this process, which may have imported Ray before
+# Without one, Ray would leave a token in the user's own folder.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
 # Ray itself warns and leaves sockets to the collector; what is tested runs in processes of its own.
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("default")]
 
@@ -39,25 +42,29 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     folder = short_folder()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("FREM_SEARCH_", "PG", "RAY_"))]:
-            patch.delenv(name)
-        patch.setenv("RAY_TMPDIR", str(folder))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
-        made.folder = folder
-        for _ in range(2):
-            made.add_node(**SMALL)
-    yield made
-    made.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith(("FREM_SEARCH_", "PG", "RAY_"))]:
+                patch.delenv(name)
+            for name, value in OPEN.items():
+                patch.setenv(name, value)
+            patch.setenv("RAY_TMPDIR", str(folder))
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("PYTHONPATH", str(REPOSITORY))
+            made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
+            made.folder = folder
+            for _ in range(2):
+                made.add_node(**SMALL)
+        yield made
+        made.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
 def run(cluster, start_cli, tiny_study, storage_url):
     url = storage_url.replace("postgres@", f"postgres:{PASSWORD}@")
-    settings = {"RAY_ADDRESS": cluster.address, "RAY_TMPDIR": cluster.folder, "FREM_SEARCH_STORAGE": url}
+    settings = {"RAY_ADDRESS": cluster.address, "RAY_TMPDIR": cluster.folder, "FREM_SEARCH_STORAGE": url, **OPEN}
     options = ("--n-trials", 4, "--engine", "ray", "--workers", 2, "--device", "cpu", "--checkpoint-every", 0)
     return lambda *args, epochs: start_cli(
         "run", "--study", tiny_study, "--n-epochs", epochs, *options, *args, **settings
@@ -152,7 +159,8 @@ def test_workers_store_their_trials_when_their_command_is_killed(run, cluster, s
 def test_without_a_cluster_one_of_this_machine_is_started_and_ended(start_cli, tiny_study):
     pytest.importorskip("ray", reason="The extra ray is not installed.")
     folder = short_folder()
-    command = start_cli("run", "--study", tiny_study, "--engine", "ray", "--device", "cpu", "--json", RAY_TMPDIR=folder)
+    options = ("--engine", "ray", "--device", "cpu", "--json")
+    command = start_cli("run", "--study", tiny_study, *options, RAY_TMPDIR=folder, **TOKEN)
     told, progress = command.communicate(timeout=120)
     assert command.returncode == 0, progress
     assert json.loads(told)["states"]["complete"] == 3
@@ -179,7 +187,7 @@ def test_actors_see_their_part_of_a_divided_gpu_alone(cluster, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     seen = subprocess.run(
         [sys.executable, "-c", SEE_GPUS],
-        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        env=os.environ | OPEN | {"RAY_ADDRESS": cluster.address},
         capture_output=True,
         text=True,
         timeout=60,

@@ -113,7 +113,7 @@ def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bo
             require_this_machine(nodes)
         chosen = plan(nodes, device=asked.device, workers=asked.workers, gpus_per_worker=asked.gpus_per_worker)
         n_places = min(chosen.n, room(nodes, cpus=chosen.cpus, gpus=chosen.gpus))
-        _tell(f"Ray: {len(nodes)} nodes with room for {n_places} of {chosen.n} workers")
+        _tell(f"Ray: room for {n_places} of {chosen.n} workers on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
         if asked.artifacts is None and len({node.address for node in nodes}) > 1:
             _tell("No --artifacts: they lie on each machine, and a trial that another one takes over begins again.")
         team = ray_workers(

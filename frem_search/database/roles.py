@@ -10,6 +10,7 @@ from psycopg2 import sql
 from psycopg2.extensions import encrypt_password
 
 from frem_search.errors import StorageError
+from frem_search.schema import TABLES_LOCK
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -102,6 +103,8 @@ def _cursor(storage: "Storage") -> Iterator[Any]:
         assert raw is not None
         try:
             with raw.cursor() as cursor:
+                # Two of these at once would change the same rows of the catalogue, which PostgreSQL refuses.
+                cursor.execute("SELECT pg_advisory_xact_lock(%s)", (TABLES_LOCK,))
                 yield cursor
             raw.commit()
         except psycopg2.Error as error:

@@ -67,7 +67,7 @@ def _join(ray: Any) -> None:
         message = (
             f"RAY_ADDRESS: no Ray cluster answers at {address or 'the address of this machine'}: "
             f"{str(error).splitlines()[0]}. Start one with `ray start --head`; without the variable, one of this "
-            "machine is joined or started."
+            "machine is joined or started. One that asks for a token needs RAY_AUTH_MODE and RAY_AUTH_TOKEN here too."
         )
         raise WorkerError(message) from None
 
