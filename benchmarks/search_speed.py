@@ -47,13 +47,13 @@ def search(study: Path, options: list[str], cohort: dict[str, Any] | None, n_tri
 
 def begin(study: Path, n_trials: int, cohort: dict[str, Any]) -> None:
     """Begin a study with a layout that no measurement has chosen."""
+    from frem_search.join import open_worker
     from frem_search.storage import open_storage
     from frem_search.study import keep_cohort
     from frem_search.study_file import load_study_file
-    from frem_search.worker import open_worker
 
     file = load_study_file(str(study), quick=True, n_trials=n_trials)
-    import frem_search.worker as module
+    import frem_search.join as module
 
     usual = module.settle
     # Before the worker settles it for itself.

@@ -19,31 +19,52 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from benchmarks.storage_overhead import SPACE, value
 from frem_search.errors import FremSearchError
 from frem_search.leases import Leases
-from frem_search.objective import Outcome
 from frem_search.seeds import generator
-from frem_search.space import distributions
+from frem_search.space import Range, distributions
 from frem_search.storage import open_storage
 from frem_search.study import open_study
 from frem_search.study_file import StudyFile
-from frem_search.training.member import EpochReport
 from frem_search.worker import Worker
-from tests.servers import OWNER, TcpServer, find_binaries, user_for_server
 
 NAME = "storm"
+SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0)}
 N_EPOCHS, EPOCH_S = 8, 0.25
 LEASE_S = 8.0  # of frem-search; of plain Optuna the grace period
 HEARTBEAT_S = 2
 LONGEST_S = 600.0
+
+
+def value(params: Mapping[str, Any]) -> float:
+    """Return a score that depends on both parameters."""
+    return -((params["B"] / 512 - 0.3) ** 2) - (params["X"] / 1000 - 0.6) ** 2
+
+
+class Report(NamedTuple):
+    """What an objective tells of an epoch; the real one would bring PyTorch into each of the many processes."""
+
+    key: int
+    epoch: int
+    best_score: float
+    is_done: bool
+    is_finite: bool = True
+    error: Exception | None = None
+
+
+class Result(NamedTuple):
+    """What an objective tells of a finished trial."""
+
+    score: float
+    result: dict[str, Any]
+    shown: None = None
 
 
 @dataclass
@@ -78,12 +99,11 @@ class SlowObjective:
             member.epoch, member.best_score = member.curve["epoch"][-1], member.curve["best_score"][-1]
         return member
 
-    def epochs(self) -> Iterator[EpochReport]:
+    def epochs(self) -> Iterator[Report]:
         while active := [each for each in self.members.items() if each[1].epoch < N_EPOCHS]:
             for number, member in active:
                 member.train()
-                best, is_done = member.best_score, member.epoch == N_EPOCHS
-                yield EpochReport(number, member.epoch, 0.5, best, best, is_finite=True, is_done=is_done, seconds=0.0)
+                yield Report(number, member.epoch, member.best_score, is_done=member.epoch == N_EPOCHS)
 
     def member(self, number: int) -> Slow:
         return self.members[number]
@@ -93,9 +113,9 @@ class SlowObjective:
         path.write_text(json.dumps(self.members[number].curve))
         path.rename(self._folder / str(number))
 
-    def finish(self, number: int) -> Outcome:
+    def finish(self, number: int) -> Result:
         scores = {"mean_iou": 0.5, "per_class": {"cell": 0.5}}
-        return Outcome(self.members[number].best_score, {"best_epoch": 1, "val": scores})
+        return Result(self.members[number].best_score, {"best_epoch": 1, "val": scores})
 
     def provenance(self, number: int) -> dict[str, Any]:  # noqa: ARG002
         return {"seconds": N_EPOCHS * EPOCH_S}
@@ -173,10 +193,10 @@ class Team:
             each.wait()
 
 
-def storm(role: str, server: TcpServer, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def storm(role: str, server: Any, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run a study through the storm and return what is left of it."""
     database = server.create()
-    url = server.url(OWNER, database=database)
+    url = server.url(database=database)
     command = [sys.executable, "-m", "benchmarks.storm", "--role", role, "--trials", str(options.trials)]
     os.environ |= {"STORM_URL": url, "STORM_FOLDER": str(folder)}
     team, rng = Team(command, options.workers, folder.parent / f"{role}.log"), generator(0, "storm")
@@ -233,6 +253,8 @@ def main() -> None:
         except FremSearchError as error:
             sys.exit(str(error))
         return
+    from tests.servers import TcpServer, find_binaries, user_for_server
+
     with TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)

@@ -8,6 +8,7 @@ FremSearchError             exit status 1
 ├── ContractError           a stored study was begun with other settings
 ├── StudyNotFoundError      the storage holds no such study
 ├── StorageError            the database cannot be reached or refuses
+│   ├── DatabaseAwayError   the database stayed out of reach for longer than it was worth waiting for
 │   └── LeaseLostError      another worker holds the trial now
 ├── ArtifactError           a checkpoint or prediction cannot be written or read
 ├── DeviceError             the device is missing

@@ -3,27 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import optuna
 from optuna.trial import TrialState
 
-from frem_search.arrangement import settle
-from frem_search.artifacts import Artifacts
-from frem_search.data.dataset import load_dataset
 from frem_search.errors import DeviceMemoryError, FremSearchError, LeaseLostError, ParameterError
 from frem_search.leases import Held, Leases
-from frem_search.objective import Objective, Outcome
-from frem_search.parameters import check, first_image_size
-from frem_search.space import Space, distributions, resolve
-from frem_search.speed import Arrangement, Trainee
-from frem_search.storage import Storage
-from frem_search.study import OpenStudy, make_contract, open_study
-from frem_search.study_file import StudyFile
-from frem_search.training.device import best_precision, describe_device, find_device
-from frem_search.training.member import EpochReport, Member
+from frem_search.space import Space, resolve
+
+if TYPE_CHECKING:
+    from frem_search.objective import Outcome
+    from frem_search.training.member import EpochReport, Member
 
 MOST_REPORTS = 50  # that Optuna gets of a trial: its intermediate values are what slows a study down
 BUSY_POLL_S = 2.0
@@ -35,16 +27,16 @@ KEPT_WEIGHTS = 3  # of the best trials; one of FREM's has 31 MB
 class TrialTrainer(Protocol):
     """What a worker asks of an objective."""
 
-    def admit(self, number: int, params: Mapping[str, Any]) -> Member:
+    def admit(self, number: int, params: Mapping[str, Any]) -> "Member":
         """Begin a trial, or go on with it."""
 
-    def epochs(self) -> Generator[EpochReport, None, None]:
+    def epochs(self) -> "Generator[EpochReport, None, None]":
         """Train what was admitted, until nothing of it is left to train."""
 
     def save_checkpoint(self, number: int) -> None:
         """Store where a trial is."""
 
-    def finish(self, number: int) -> Outcome:
+    def finish(self, number: int) -> "Outcome":
         """Score a trial and store what it leaves behind."""
 
     def release(self, number: int) -> None:
@@ -57,7 +49,7 @@ class TrialTrainer(Protocol):
     def searches_shapes(self) -> bool:
         """Whether one trial may need more memory than another."""
 
-    def member(self, number: int) -> Member:
+    def member(self, number: int) -> "Member":
         """Return a trial in training."""
 
     def provenance(self, number: int) -> dict[str, Any]:
@@ -82,7 +74,7 @@ class TrialEvent:
     number: int
     params: Mapping[str, Any] | None = None
     epoch: int = 0
-    report: EpochReport | None = None
+    report: "EpochReport | None" = None
     value: float | None = None
     reason: str = ""
 
@@ -218,7 +210,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
             yield self._fail(held, error)
 
-    def _after_epoch(self, held: Held, report: EpochReport) -> Iterator[TrialEvent]:
+    def _after_epoch(self, held: Held, report: "EpochReport") -> Iterator[TrialEvent]:
         """Report, prune, finish, store or let go, whatever is due."""
         if held.is_lost:
             message = f"trial {held.number}: another worker took it while this one was out of touch."
@@ -238,7 +230,7 @@ class Worker:
         elif time.monotonic() - self._slots[held.number].saved_at > self._checkpoint_every_s:
             self._checkpoint(held)
 
-    def _reason_to_prune(self, held: Held, report: EpochReport) -> str:
+    def _reason_to_prune(self, held: Held, report: "EpochReport") -> str:
         """Report what is due; return why the trial ends here, or nothing."""
         if not report.is_finite:
             return f"the training loss was no number in epoch {report.epoch}"
@@ -331,90 +323,3 @@ class Worker:
         del self._slots[number]
         self._objective.release(number)
         self._claim_at = -math.inf
-
-
-class Opened(NamedTuple):
-    """A study and a worker for it.
-
-    Args:
-        study: Begun or joined.
-        worker: Which has claimed nothing yet.
-        arrangement: How the study's trials share this machine.
-    """
-
-    study: OpenStudy
-    worker: Worker
-    arrangement: Arrangement
-
-
-@contextmanager
-def open_worker(
-    study_file: StudyFile,
-    storage: Storage,
-    *,
-    device: str = "auto",
-    artifacts: str,
-    cohort: str | None = None,
-    workers: int | None = None,
-    is_stopping: Callable[[], bool] = lambda: False,
-    checkpoint_every_s: float = 60.0,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Iterator[Opened]:
-    """Check everything that can be checked, begin or join the study, and give a worker for it.
-
-    Args:
-        study_file: The study.
-        storage: Its database.
-        device: As `find_device` takes it.
-        artifacts: The URL of checkpoints, weights and predictions.
-        cohort: As `arrangement.settle` takes it.
-        workers: As `arrangement.settle` takes it.
-        is_stopping: As `Worker` takes it.
-        checkpoint_every_s: As `Worker` takes it.
-        tell: Told in a line what takes its time before the first trial.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    check(study_file)
-    chosen = find_device(device)
-    dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
-    dataset.indices("train", fold=study_file.fold)
-    Artifacts(artifacts, "").check()
-    contract = make_contract(
-        study_file,
-        precision=best_precision(chosen) if study_file.precision == "auto" else study_file.precision,
-        dataset=dataset.name,
-        dataset_fingerprint=dataset.fingerprint,
-        class_names=dataset.class_names,
-    )
-    study = open_study(storage, study_file, contract)
-    precision = study.contract["precision"]
-    trainee = Trainee(study_file, dataset, chosen, precision)
-    arrangement = settle(study, trainee, cohort=cohort, workers=workers, tell=tell)
-    objective = Objective(
-        study_file,
-        dataset,
-        device=chosen,
-        precision=precision,
-        artifacts=Artifacts(artifacts, study.artifacts_prefix),
-        study_uid=study.uid,
-        cohort=arrangement.cohort,
-        layout=arrangement.layout,
-    )
-    leases = Leases(
-        storage,
-        study.optuna,
-        distributions=distributions(study_file.space),
-        device=describe_device(chosen),
-        is_stopping=is_stopping,
-    )
-    with leases:
-        worker = Worker(
-            leases,
-            objective,
-            space=study_file.space,
-            n_epochs=study_file.n_epochs,
-            n_slots=arrangement.cohort,
-            is_stopping=is_stopping,
-            checkpoint_every_s=checkpoint_every_s,
-        )
-        yield Opened(study, worker, arrangement)

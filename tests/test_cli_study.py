@@ -6,13 +6,13 @@ import pytest
 
 from frem_search.artifacts import Artifacts
 from frem_search.errors import LeaseLostError, StorageError, StudyNotFoundError
+from frem_search.join import open_worker
 from frem_search.leases import Leases
 from frem_search.record import read_record
 from frem_search.space import distributions
 from frem_search.stored_studies import delete_stored, list_stored
 from frem_search.study import make_contract, open_study
 from frem_search.study_file import list_study_files, load_study_file
-from frem_search.worker import open_worker
 
 
 @pytest.fixture

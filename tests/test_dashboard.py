@@ -22,13 +22,13 @@ from frem_search.dashboard.artifact_store import StudyArtifacts
 from frem_search.dashboard.server import make_app, require_extra
 from frem_search.errors import ChromeNotFoundError, StorageError, UsageError
 from frem_search.figures.pictures import find_chrome
+from frem_search.join import open_worker
 from frem_search.leases import Leases
 from frem_search.preview import GAP, PANEL
 from frem_search.space import distributions
 from frem_search.storage import Storage, normalise_url, open_storage
 from frem_search.study import make_contract, open_study
 from frem_search.study_file import load_study_file
-from frem_search.worker import open_worker
 
 TOKEN = "the-token-of-these-tests"
 BROWSER_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

@@ -9,12 +9,12 @@ from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ContractError, StudyNotFoundError, UsageError
 from frem_search.fork import fork_study
+from frem_search.join import open_worker
 from frem_search.leases import Leases
 from frem_search.record import read_record
 from frem_search.space import distributions
 from frem_search.study import artifacts_prefix, make_contract, open_study
 from frem_search.study_file import load_study_file
-from frem_search.worker import open_worker
 
 
 def write(tiny_study, name, *replacements):

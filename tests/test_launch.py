@@ -121,8 +121,8 @@ class Script(LocalWorkers):
 @pytest.fixture
 def scripted(monkeypatch, storage, study, tmp_path):
     """Begin the study, and let every worker run a line of Python instead."""
+    from frem_search.join import open_worker
     from frem_search.study_file import load_study_file
-    from frem_search.worker import open_worker
 
     with open_worker(load_study_file(str(study)), storage, device="cpu", artifacts=str(tmp_path / "artifacts")):
         pass
@@ -188,8 +188,8 @@ def test_a_worker_knows_whether_its_parent_is_gone(monkeypatch):
 
 def test_watching_tells_what_other_workers_do(storage, study, tmp_path, monkeypatch):
     """A worker makes one step between two looks at its database."""
+    from frem_search.join import open_worker
     from frem_search.study_file import load_study_file
-    from frem_search.worker import open_worker
 
     monkeypatch.setattr("frem_search.launch.watch.POLL_S", 0)
     file = load_study_file(str(study), n_trials=2, n_epochs=3)

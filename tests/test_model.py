@@ -78,9 +78,9 @@ def artifacts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(postgres, _template, study, artifacts):
     """A search of two trials, in this process and a real database."""
+    from frem_search.join import open_worker
     from frem_search.record import read_record
     from frem_search.storage import open_storage
-    from frem_search.worker import open_worker
 
     with open_storage(postgres.url(postgres.create(template=_template))) as storage:
         study_file = load_study_file(str(study))

@@ -178,7 +178,8 @@ def test_a_stop_while_the_database_is_away_does_not_wait_for_it(search, do_nothi
     with storage.engine.begin() as connection:
         connection.execute(sa.text("UPDATE frem_lease SET token = NULL"))
     second = do_nothing(50, checkpoints=objective.checkpoints)
-    assert [event.kind for event in search(second).work()][0] == "adopted"
+    events = [event.kind for event in search(second).work()]
+    assert events[0] == "adopted"
     assert second.n_trained == 46
     (trial,) = trials_of(storage)
     assert list(trial.intermediate_values) == list(range(1, 51))

@@ -3,9 +3,9 @@
 import pytest
 
 from frem_search.errors import WorkerError
+from frem_search.join import open_worker
 from frem_search.launch.team import End, Team
 from frem_search.study_file import load_study_file
-from frem_search.worker import open_worker
 
 
 class Seat:

@@ -14,11 +14,11 @@ from optuna.trial import TrialState
 from searches import curves
 
 from frem_search import worker as worker_module
+from frem_search.join import open_worker
 from frem_search.speed import Arrangement
 from frem_search.storage import open_storage
 from frem_search.study import keep_cohort
 from frem_search.study_file import load_study_file
-from frem_search.worker import open_worker
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import typer
 from frem_search.errors import UsageError
 
 if TYPE_CHECKING:
+    from frem_search.join import Opened
     from frem_search.record import StudyRecord
     from frem_search.storage import Storage
     from frem_search.study_file import StudyFile
-    from frem_search.worker import Opened
 
 ENGINES = ("local", "ray")
 INTERRUPTED = 130
@@ -153,7 +153,7 @@ def open_worker(
         settings: As `worker.open_worker` takes them.
     """
     from frem_search.artifacts import artifacts_url
-    from frem_search.worker import open_worker
+    from frem_search.join import open_worker
 
     if math.isnan(checkpoint_every):
         message = "--checkpoint-every: expected seconds of at least 0, but got nan."

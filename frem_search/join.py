@@ -1,0 +1,108 @@
+"""Begin a study or join it, and give a worker for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import optuna
+
+from frem_search.arrangement import settle
+from frem_search.artifacts import Artifacts
+from frem_search.data.dataset import load_dataset
+from frem_search.leases import Leases
+from frem_search.objective import Objective
+from frem_search.parameters import check, first_image_size
+from frem_search.space import distributions
+from frem_search.speed import Arrangement, Trainee
+from frem_search.storage import Storage
+from frem_search.study import OpenStudy, make_contract, open_study
+from frem_search.study_file import StudyFile
+from frem_search.training.device import best_precision, describe_device, find_device
+from frem_search.worker import Worker
+
+
+class Opened(NamedTuple):
+    """A study and a worker for it.
+
+    Args:
+        study: Begun or joined.
+        worker: Which has claimed nothing yet.
+        arrangement: How the study's trials share this machine.
+    """
+
+    study: OpenStudy
+    worker: Worker
+    arrangement: Arrangement
+
+
+@contextmanager
+def open_worker(
+    study_file: StudyFile,
+    storage: Storage,
+    *,
+    device: str = "auto",
+    artifacts: str,
+    cohort: str | None = None,
+    workers: int | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
+    checkpoint_every_s: float = 60.0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Opened]:
+    """Check everything that can be checked, begin or join the study, and give a worker for it.
+
+    Args:
+        study_file: The study.
+        storage: Its database.
+        device: As `find_device` takes it.
+        artifacts: The URL of checkpoints, weights and predictions.
+        cohort: As `arrangement.settle` takes it.
+        workers: As `arrangement.settle` takes it.
+        is_stopping: As `Worker` takes it.
+        checkpoint_every_s: As `Worker` takes it.
+        tell: Told in a line what takes its time before the first trial.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check(study_file)
+    chosen = find_device(device)
+    dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
+    dataset.indices("train", fold=study_file.fold)
+    Artifacts(artifacts, "").check()
+    contract = make_contract(
+        study_file,
+        precision=best_precision(chosen) if study_file.precision == "auto" else study_file.precision,
+        dataset=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        class_names=dataset.class_names,
+    )
+    study = open_study(storage, study_file, contract)
+    precision = study.contract["precision"]
+    trainee = Trainee(study_file, dataset, chosen, precision)
+    arrangement = settle(study, trainee, cohort=cohort, workers=workers, tell=tell)
+    objective = Objective(
+        study_file,
+        dataset,
+        device=chosen,
+        precision=precision,
+        artifacts=Artifacts(artifacts, study.artifacts_prefix),
+        study_uid=study.uid,
+        cohort=arrangement.cohort,
+        layout=arrangement.layout,
+    )
+    leases = Leases(
+        storage,
+        study.optuna,
+        distributions=distributions(study_file.space),
+        device=describe_device(chosen),
+        is_stopping=is_stopping,
+    )
+    with leases:
+        worker = Worker(
+            leases,
+            objective,
+            space=study_file.space,
+            n_epochs=study_file.n_epochs,
+            n_slots=arrangement.cohort,
+            is_stopping=is_stopping,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+        yield Opened(study, worker, arrangement)
