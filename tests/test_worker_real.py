@@ -13,7 +13,7 @@ import torch
 from optuna.trial import TrialState
 from searches import curves
 
-from frem_search import worker as worker_module
+from frem_search import join as join_module
 from frem_search.join import open_worker
 from frem_search.speed import Arrangement
 from frem_search.storage import open_storage
@@ -67,7 +67,7 @@ def side_by_side(monkeypatch):
             kept = keep_cohort(study, {"cohort": cohort, "layout": layout})
             return Arrangement(cohort=kept["cohort"], layout=kept["layout"])
 
-        monkeypatch.setattr(worker_module, "settle", settle)
+        monkeypatch.setattr(join_module, "settle", settle)
 
     return begin_with
 
