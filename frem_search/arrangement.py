@@ -73,7 +73,9 @@ def settle(
     stored = study.cohort
     if stored is None:
         is_plain = cohort is None and trainee.device.type == "cpu"
-        chosen = Arrangement(workers or 1) if is_plain else choose(trainee, cohort=asked, workers=workers, tell=tell)
+        # A number of trials side by side says that processes are not to be chosen.
+        processes = workers or (None if asked is None else 1)
+        chosen = Arrangement(workers or 1) if is_plain else choose(trainee, cohort=asked, workers=processes, tell=tell)
         stored = keep_cohort(study, {"cohort": chosen.cohort, "layout": chosen.layout})
         if stored == {"cohort": chosen.cohort, "layout": chosen.layout}:
             return chosen

@@ -195,6 +195,12 @@ def test_the_cohort_that_a_study_began_with_is_kept(begin, trainee, speeds):
         settle(begin(), trainee, cohort="2")
 
 
+def test_one_trial_at_a_time_is_one_process(begin, trainee, speeds):
+    speeds[Arrangement(workers=4)] = 50.0
+    assert settle(begin(), trainee, cohort="1") == ALONE
+    assert speeds.measured == []
+
+
 def test_of_two_workers_that_begin_a_study_the_first_decides(begin, trainee, speeds):
     late = begin()
     assert keep_cohort(begin(), {"cohort": 2, "layout": "threads"}) == {"cohort": 2, "layout": "threads"}
