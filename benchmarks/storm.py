@@ -40,7 +40,7 @@ SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0)}
 N_EPOCHS, EPOCH_S = 8, 0.25
 LEASE_S = 8.0  # of frem-search; of plain Optuna the grace period
 HEARTBEAT_S = 2
-LONGEST_S = 600.0
+LONGEST_S = 200.0
 
 
 def value(params: Mapping[str, Any]) -> float:

@@ -172,15 +172,15 @@ def open_worker(
 def worker_arguments(**options: Any) -> list[str]:
     """Return the options of `run` as `worker` takes them.
 
-    >>> worker_arguments(study="mouse_frem", quick=True, n_trials=None)
-    ['--study', 'mouse_frem', '--quick']
+    >>> worker_arguments(study="mouse_frem", quick=True, n_trials=None, checkpoint_every=0.0)
+    ['--study', 'mouse_frem', '--quick', '--checkpoint-every', '0.0']
     """
     arguments = []
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:
             arguments.append(option)
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # 0.0 is a value
             arguments += [option, str(value)]
     return arguments
 
