@@ -91,7 +91,7 @@ def count(server: TcpServer, database: str) -> int:
 
 def fill(server: TcpServer, database: str, n: int) -> None:
     """Add finished trials to the study."""
-    storage = optuna.storages.RDBStorage(server.url(OWNER, database=database))
+    storage = optuna.storages.RDBStorage(server.url(database=database).replace("postgresql:", "postgresql+psycopg2:"))
     study = optuna.load_study(study_name="crowd", storage=storage)
     known = distributions(SPACE)
     for i in range(n):

@@ -196,7 +196,8 @@ class Team:
 def storm(role: str, server: Any, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run a study through the storm and return what is left of it."""
     database = server.create()
-    url = server.url(database=database)
+    # As SQLAlchemy spells it: by itself it would look for another driver.
+    url = server.url(database=database).replace("postgresql:", "postgresql+psycopg2:")
     command = [sys.executable, "-m", "benchmarks.storm", "--role", role, "--trials", str(options.trials)]
     os.environ |= {"STORM_URL": url, "STORM_FOLDER": str(folder)}
     team, rng = Team(command, options.workers, folder.parent / f"{role}.log"), generator(0, "storm")
