@@ -162,7 +162,6 @@ def measure_all(trainee: Trainee, arrangements: list[Arrangement]) -> list[Speed
     until, speeds = time.monotonic() + SECONDS_IN_ALL, list[Speed]()
     subject = trainee.shortened() if trainee.device.type == "cpu" else trainee
     for arrangement in arrangements:
-        # Several processes share the cores in any case: how they train is what one of them does.
         alike = [each for each in speeds if each.arrangement.layout == arrangement.layout and not each.error]
         is_hopeless = not _fits(alike, arrangement, trainee.device) or _gains_no_more(alike, arrangement)
         if speeds and (is_hopeless or time.monotonic() > until):

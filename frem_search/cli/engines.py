@@ -150,7 +150,7 @@ def open_worker(
         storage: Its database.
         artifacts: What --artifacts gave.
         checkpoint_every: What --checkpoint-every gave.
-        settings: As `worker.open_worker` takes them.
+        settings: As `join.open_worker` takes them.
     """
     from frem_search.artifacts import artifacts_url
     from frem_search.join import open_worker
