@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import optuna
 
-from frem_search.arrangement import settle
+from frem_search.arrangement import parse_cohort, settle
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
 from frem_search.leases import Leases
@@ -63,6 +63,8 @@ def open_worker(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check(study_file)
+    if cohort is not None:
+        parse_cohort(cohort)  # before anything is begun
     chosen = find_device(device)
     dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
     dataset.indices("train", fold=study_file.fold)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import ClassVar
 
+import optuna
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from frem_search import arrangement as arrangement_module
 from frem_search.arrangement import candidates, choose, measure_all, parse_cohort, settle
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ContractError, DeviceMemoryError, UsageError
+from frem_search.join import open_worker
 from frem_search.speed import Arrangement, Speed, Trainee
 from frem_search.study import keep_cohort, make_contract, open_study
 from frem_search.study_file import load_study_file
@@ -57,6 +59,15 @@ def speeds(monkeypatch):
 def test_a_cohort_that_is_none_is_told(text):
     with pytest.raises(UsageError, match="--cohort: expected auto or a number of trials from 1 to 64, but got"):
         parse_cohort(text)
+
+
+def test_a_cohort_that_is_none_begins_no_study(tiny_study, storage, tmp_path):
+    with (
+        pytest.raises(UsageError, match="--cohort"),
+        open_worker(load_study_file(str(tiny_study)), storage, device="cpu", artifacts=str(tmp_path), cohort="two"),
+    ):
+        pass
+    assert optuna.get_all_study_names(storage.optuna) == []
 
 
 def test_candidates_on_the_cpu_begin_with_the_simplest_and_have_processes(trainee):
