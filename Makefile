@@ -18,10 +18,10 @@ lint: .venv/developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m cogapp --check docs/cli.md
+	$(BIN)/python -m cogapp --check docs/cli.md docs/networks.md
 
 docs: .venv/developed
-	$(BIN)/python -m cogapp -r docs/cli.md
+	$(BIN)/python -m cogapp -r docs/cli.md docs/networks.md
 
 clean:
 	rm -rf .venv quickstart

@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 
-from frem_search.study_file import find_study_file
+from frem_search.parameters import load_images
+from frem_search.storage import open_storage
+from frem_search.study import keep_cohort, make_contract, open_study
+from frem_search.study_file import find_study_file, load_study_file
+from frem_search.training.device import best_precision, find_device
 
 COMMAND = [sys.executable, "-m", "frem_search"]
 ALONE = "one at a time"
@@ -47,22 +51,17 @@ def search(study: Path, options: list[str], cohort: dict[str, Any] | None, n_tri
 
 def begin(study: Path, n_trials: int, cohort: dict[str, Any]) -> None:
     """Begin a study with a layout that no measurement has chosen."""
-    from frem_search.join import open_worker
-    from frem_search.storage import open_storage
-    from frem_search.study import keep_cohort
-    from frem_search.study_file import load_study_file
-
     file = load_study_file(str(study), quick=True, n_trials=n_trials)
-    import frem_search.join as module
-
-    usual = module.settle
-    # Before the worker settles it for itself.
-    module.settle = lambda opened, *args, **options: (keep_cohort(opened, cohort), usual(opened, *args, **options))[1]
-    try:
-        with open_storage(None) as storage, open_worker(file, storage, artifacts=os.environ["FREM_SEARCH_ARTIFACTS"]):
-            pass
-    finally:
-        module.settle = usual
+    dataset = load_images(file)
+    contract = make_contract(
+        file,
+        precision=best_precision(find_device()),
+        dataset=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        class_names=dataset.class_names,
+    )
+    with open_storage(None) as storage:
+        keep_cohort(open_study(storage, file, contract), cohort)
 
 
 def main() -> None:

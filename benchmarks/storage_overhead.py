@@ -37,6 +37,7 @@ class Nothing:
     params: Mapping[str, Any]
     epoch: int = 0
     best_score: float = 0.5
+    in_sequence: bool = False
     curve: dict[str, list[Any]] = field(default_factory=lambda: {"epoch": [1], "score": [0.5]})
 
 
@@ -56,7 +57,7 @@ class DoNothing:
         for number in list(self.members):
             yield EpochReport(number, 1, 0.0, 0.5, 0.5, is_finite=True, is_done=True, seconds=0.0)
 
-    def member(self, number: int) -> Nothing:
+    def trial(self, number: int) -> Nothing:
         return self.members[number]
 
     def finish(self, number: int) -> Outcome:

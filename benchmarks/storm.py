@@ -75,6 +75,7 @@ class Slow:
     epoch: int = 0
     curve: dict[str, list[Any]] = field(default_factory=lambda: {"epoch": [], "score": [], "best_score": []})
     best_score: float = -1.0
+    in_sequence: bool = False
 
     def train(self) -> None:
         time.sleep(EPOCH_S)
@@ -105,7 +106,7 @@ class SlowObjective:
                 member.train()
                 yield Report(number, member.epoch, member.best_score, is_done=member.epoch == N_EPOCHS)
 
-    def member(self, number: int) -> Slow:
+    def trial(self, number: int) -> Slow:
         return self.members[number]
 
     def save_checkpoint(self, number: int) -> None:

@@ -195,7 +195,7 @@ def _key(trainee: Trainee, options: dict[str, Any]) -> str:
         "network": file.network,
         "params": trainee.params,
         "image": list(dataset.images.shape[1:]),
-        "n_images": [len(part) for part in vars(dataset.splits[file.fold]).values()],
+        "n_images": [len(part) for part in vars(dataset.splits[file.folds[0]]).values()],
         "n_trials": file.n_trials,
         "device": describe_device(trainee.device),
         "host": platform.node(),

@@ -7,6 +7,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from frem_search.data.dataset import Dataset, load_dataset
+from frem_search.data.orientations import eight_orientations
 from frem_search.errors import ContractError, DatasetError, UsageError
 from frem_search.training.device import find_device
 from frem_search.training.evaluate import score_images
@@ -60,7 +61,7 @@ def evaluate(
         raise UsageError(message)
     chosen = find_device(device)
     try:
-        loaded = load_dataset(dataset or weights.dataset, image_size=weights.image_size)
+        loaded = load_dataset(dataset or weights.dataset, image_size=weights.image_size, n_folds=weights.n_folds)
     except DatasetError as error:
         if dataset:
             raise
@@ -73,17 +74,21 @@ def evaluate(
     if not len(indices):
         message = f"{loaded.folder}: fold {fold} has no {part} image to score. Choose another with --part or --fold."
         raise DatasetError(message)
+    images, labels = loaded.images[indices], loaded.labels[indices]
+    if weights.is_eightfold:
+        images, labels = eight_orientations(images), eight_orientations(labels)
     score = score_images(
         weights.build(chosen),
-        torch.from_numpy(loaded.images[indices]).to(chosen).contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(loaded.labels[indices]).to(chosen),
+        torch.from_numpy(images).to(chosen).contiguous(memory_format=torch.channels_last),
+        torch.from_numpy(labels).to(chosen),
         metric=weights.score,
         n_classes=len(weights.class_names),
         precision=weights.precision,
+        tiles=weights.tiles,
     )
     values = [value if math.isfinite(value) else None for value in score.per_class.tolist()]
     per_class = dict(zip(weights.class_names, values, strict=True))
-    return Evaluation(loaded.name, part, fold, len(indices), weights.score, score.value.item(), per_class)
+    return Evaluation(loaded.name, part, fold, len(labels), weights.score, score.value.item(), per_class)
 
 
 def check_fit(weights: Weights, dataset: Dataset) -> None:

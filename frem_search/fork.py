@@ -11,13 +11,12 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState
 
 from frem_search.artifacts import Artifacts
-from frem_search.data.dataset import load_dataset
 from frem_search.errors import ContractError, UsageError
 from frem_search.leases import keep_note
 from frem_search.losses import LOSSES
 from frem_search.networks import network_params
 from frem_search.objective import PREDICTIONS, WEIGHTS
-from frem_search.parameters import TrainingParams, check, first_image_size
+from frem_search.parameters import TrainingParams, check, load_images
 from frem_search.record import StudyRecord, read_record
 from frem_search.space import Choice, Fixed, Param, Space, distributions, resolve, space_from_json
 from frem_search.study import artifacts_prefix, hold_study, make_contract, write_attrs
@@ -28,7 +27,17 @@ if TYPE_CHECKING:
     from frem_search.storage import Storage
 
 # What a score depends on, beside the parameters: where one of these differs, two trials cannot be compared.
-MUST_AGREE = ("dataset_fingerprint", "class_names", "fold", "network", "loss", "score", "n_epochs", "precision")
+MUST_AGREE = (
+    "dataset_fingerprint",
+    "class_names",
+    "fold",
+    "n_folds",
+    "network",
+    "loss",
+    "score",
+    "n_epochs",
+    "precision",
+)
 
 COPY_CURVE = sa.text("INSERT INTO frem_curve SELECT :to, curve FROM frem_curve WHERE trial_id = :origin")
 COPY_LEASE = sa.text("""
@@ -89,7 +98,8 @@ def fork_study(study_file: StudyFile, storage: "Storage", *, source: str, artifa
     target = Artifacts(artifacts, artifacts_prefix(study_file.name, uid))
     try:
         # Files first: a transaction must not wait for them, and without its rows nobody looks at them.
-        files = _copy_artifacts(Artifacts(artifacts, artifacts_prefix(source, record.uid)), target, plan)
+        origin = Artifacts(artifacts, artifacts_prefix(source, record.uid))
+        files = _copy_artifacts(origin, target, plan, n_folds=study_file.n_folds)
         storage.retrying(lambda: _store(storage, study_file, contract, plan, uid=uid, source=record, files=files))
     except BaseException:
         target.remove_all()
@@ -106,8 +116,7 @@ def fork_study(study_file: StudyFile, storage: "Storage", *, source: str, artifa
 
 def _contract(study_file: StudyFile, record: StudyRecord) -> dict[str, Any]:
     check(study_file)
-    dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
-    dataset.indices("train", fold=study_file.fold)
+    dataset = load_images(study_file)
     return make_contract(
         study_file,
         precision=record.contract["precision"] if study_file.precision == "auto" else study_file.precision,
@@ -118,7 +127,7 @@ def _contract(study_file: StudyFile, record: StudyRecord) -> dict[str, Any]:
 
 
 def _require_comparable(study_file: StudyFile, record: StudyRecord, contract: Mapping[str, Any]) -> None:
-    differing = [key for key in MUST_AGREE if contract[key] != record.contract.get(key)]
+    differing = [key for key in MUST_AGREE if contract.get(key) != record.contract.get(key)]
     if differing:
         lines = [f"  {key}: stored {record.contract.get(key)!r}, now {contract[key]!r}" for key in differing]
         message = (
@@ -157,7 +166,7 @@ def _defaults(study_file: StudyFile) -> dict[str, Any]:
     """Return what a parameter is where a study file is silent about it."""
     network = {name: each.default for name, each in network_params(study_file.network).items()}
     training = {field.name: field.default for field in fields(TrainingParams)}
-    known = network | training | dict(LOSSES[study_file.loss].coefficients)
+    known = network | training | LOSSES[study_file.loss].defaults
     return {name: value for name, value in known.items() if value is not inspect.Parameter.empty}
 
 
@@ -215,11 +224,12 @@ def _template(space: Space, trial: FrozenTrial, params: dict[str, Any], *, origi
     return template
 
 
-def _copy_artifacts(origin: Artifacts, target: Artifacts, plan: _Plan) -> dict[int, list[str]]:
+def _copy_artifacts(origin: Artifacts, target: Artifacts, plan: _Plan, *, n_folds: int | None) -> dict[int, list[str]]:
     """Copy the files of every trial; return their names by the new number."""
     copied: dict[int, list[str]] = {}
     for number, (trial, _) in enumerate(plan.trials):
-        for name in (WEIGHTS, PREDICTIONS, *SHOWN):
+        folds = [f"fold{fold}/" for fold in range(n_folds)] if n_folds else [""]
+        for name in (*(f"{fold}{name}" for fold in folds for name in (WEIGHTS, PREDICTIONS)), *SHOWN):
             content = origin.read(f"{trial.number}/{name}")
             if content is not None:
                 target.write(f"{number}/{name}", content)

@@ -8,10 +8,9 @@ import optuna
 
 from frem_search.arrangement import parse_cohort, settle
 from frem_search.artifacts import Artifacts
-from frem_search.data.dataset import load_dataset
 from frem_search.leases import Leases
 from frem_search.objective import Objective
-from frem_search.parameters import check, first_image_size
+from frem_search.parameters import check, check_dataset, load_images
 from frem_search.space import distributions
 from frem_search.speed import Arrangement, Trainee
 from frem_search.storage import Storage
@@ -66,8 +65,8 @@ def open_worker(
     if cohort is not None:
         parse_cohort(cohort)  # before anything is begun
     chosen = find_device(device)
-    dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
-    dataset.indices("train", fold=study_file.fold)
+    dataset = load_images(study_file)
+    check_dataset(study_file, dataset)
     Artifacts(artifacts, "").check()
     contract = make_contract(
         study_file,

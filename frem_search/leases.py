@@ -303,6 +303,7 @@ class Leases:
         return self._storage.retrying(action, patience_s=PATIENCE_S, is_stopping=self._is_stopping)
 
     def _claim(self) -> Held | Literal["spent", "busy"]:
+        self._storage.get_to_know(self._study_id)
         with self._storage.transaction() as connection:
             n_trials = self._lock_study(connection)
             self._store_notes(connection)
@@ -319,7 +320,8 @@ class Leases:
             counts = connection.execute(COUNTS, {"study_id": self._study_id}).one()
             if not counts.enqueued and counts.numbers >= n_trials:
                 return "busy" if is_held_by_others else "spent"
-            trial = self._study.ask(fixed_distributions=dict(self._distributions))
+            with self._storage.reading_once():
+                trial = self._study.ask(fixed_distributions=dict(self._distributions))
             return self._take(connection, trial, is_adopted=False, attempt=1)
 
     def _store_notes(self, connection: sa.Connection) -> None:

@@ -13,7 +13,7 @@ from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError, FremSearchError, StudyFileError, UsageError
 from frem_search.files import write_atomically
-from frem_search.objective import WEIGHTS, Objective, Outcome
+from frem_search.objective import WEIGHTS, Objective, Outcome, place
 from frem_search.parameters import check
 from frem_search.space import Fixed, Param, Range, resolve, searched
 from frem_search.study_file import StudyFile
@@ -27,12 +27,13 @@ class Trained:
     """What a training without a search leaves behind.
 
     Args:
-        weights: The content of its weights file.
+        weights: The content of each weights file, by what is added to the file's name: "" for the only one, "-fold0"
+            and so on for those of a cross-validation.
         outcome: Score and result as a trial has them.
         provenance: The conditions as a trial has them.
     """
 
-    weights: bytes
+    weights: Mapping[str, bytes]
     outcome: Outcome
     provenance: Mapping[str, Any]
 
@@ -128,10 +129,19 @@ def train(
                 message = f"{settled.name}: epoch {report.epoch}: the loss is no number. Lower learning_rate or X."
                 raise FremSearchError(message)
         outcome = objective.finish(0)
-        stored = load_weights(artifacts.read(f"0/{WEIGHTS}") or b"", where=artifacts.url(f"0/{WEIGHTS}"))
-        return Trained(dump_weights(replace(stored, trial=None)), outcome, objective.provenance(0))
+        folds = [None] if settled.n_folds is None else settled.folds
+        weights = {
+            "" if fold is None else f"-fold{fold}": _without_trial(artifacts, f"{place(0, fold)}/{WEIGHTS}")
+            for fold in folds
+        }
+        return Trained(weights, outcome, objective.provenance(0))
     finally:
         artifacts.remove_all()
+
+
+def _without_trial(artifacts: Artifacts, name: str) -> bytes:
+    stored = load_weights(artifacts.read(name) or b"", where=artifacts.url(name))
+    return dump_weights(replace(stored, trial=None))
 
 
 def check_target(path: Path) -> None:
@@ -150,12 +160,19 @@ def check_target(path: Path) -> None:
         raise ArtifactError(message)
 
 
-def save_weights(content: bytes, path: Path) -> None:
-    """Write a weights file, or leave what was there.
+def save_weights(weights: Mapping[str, bytes], path: Path) -> list[Path]:
+    """Write weights files and return their paths: `path` with what each adds to its name.
 
     Raises:
-        ArtifactError: The disk is full, or the folder is gone.
+        ArtifactError: The disk is full, or the folder is gone; what was there is left.
     """
+    paths = {path.with_stem(path.stem + added): content for added, content in weights.items()}
+    for each, content in paths.items():
+        _save(content, each)
+    return list(paths)
+
+
+def _save(content: bytes, path: Path) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:

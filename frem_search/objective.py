@@ -5,7 +5,7 @@ import io
 import json
 import platform
 import resource
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +15,23 @@ import torch
 
 from frem_search import __version__
 from frem_search.artifacts import Artifacts
+from frem_search.data.augment import Augmentation
 from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.errors import DeviceMemoryError
-from frem_search.metrics import METRICS
+from frem_search.losses import LOSSES
+from frem_search.metrics import METRICS, Score
 from frem_search.networks import build_network
-from frem_search.parameters import first_image_size, searches_shapes, split_params
+from frem_search.parameters import TrainingParams, check_dataset, first_image_size, searches_shapes, split_params
 from frem_search.preview import MOST_IMAGES, curve_csv, predictions_png
 from frem_search.study_file import StudyFile
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
 from frem_search.training.device import describe_device, is_out_of_memory, make_repeatable
 from frem_search.training.evaluate import predict
+from frem_search.training.folds import MOST_IMAGE_SCORES, Folds, grouped, mean
 from frem_search.training.layouts import ALONE, LAYOUTS, use_cores
 from frem_search.training.member import EpochReport, Member
-from frem_search.training.resident import ResidentData, load_resident
+from frem_search.training.resident import Part, ResidentData, load_resident
 from frem_search.training.weights import Weights, dump_weights
 from frem_search.trial_page import CURVE, PICTURE, artifact_attrs
 
@@ -82,11 +85,11 @@ class Objective:
         self._artifacts, self._study_uid = artifacts, study_uid
         self._datasets = {first_image_size(study_file): dataset}
         self._data: dict[Any, ResidentData] = {}
-        self._cohort = Cohort(
-            loss=study_file.loss, metric=study_file.score, precision=precision, seed=self.seed, fold=study_file.fold
-        )
+        self._cohort = Cohort(loss=study_file.loss, metric=study_file.score, precision=precision, seed=self.seed)
+        self._trials: dict[int, Folds] = {}
         self._n_members, self._layout = cohort, layout
         self._params: dict[int, dict[str, Any]] = {}
+        check_dataset(study_file, dataset)
         make_repeatable(device)
         use_cores(layout)
 
@@ -95,26 +98,29 @@ class Objective:
         """From which weights, batches, turns and enhanced maps follow."""
         return self._file.sampler.seed
 
-    def admit(self, number: int, params: Mapping[str, Any]) -> Member:
-        """Build a trial's network and bring it to its last checkpoint, if there is one that can be used."""
+    def admit(self, number: int, params: Mapping[str, Any]) -> Folds:
+        """Build a trial's networks and bring them to its last checkpoint, if there is one that can be used."""
         stored = self._artifacts.read(f"{number}/{CHECKPOINT}")
-        if self._device.type == "cuda" and not self._cohort.members:
+        if self._device.type == "cuda" and not self._trials:
             # Else the peak of one trial would be that of the largest before it.
             torch.cuda.reset_peak_memory_stats(self._device)
         with self._memory_errors():
-            member = self.build_member(number, params)
-            identity = self._identity(number, params)
-            is_usable = stored is None or load_checkpoint(member, stored, identity=identity)
+            members = [self.build_member(number, params, fold=fold) for fold in self._file.folds]
+            trial = Folds(number, members, in_sequence=self._file.is_pruned_by_fold)
+            is_usable = stored is None or load_checkpoint(trial, stored, identity=self._identity(number, params))
         self._params[number] = dict(params)
         if not is_usable:
             self._artifacts.set_aside(f"{number}/{CHECKPOINT}")
-        self._cohort.admit(member)
-        return member
+        self._trials[number] = trial
+        for member in trial.training():
+            self._cohort.admit(member)
+        return trial
 
-    def build_member(self, number: int, params: Mapping[str, Any]) -> Member:
-        """Return a trial as it begins: images on the device, untrained network, optimizer."""
+    def build_member(self, number: int, params: Mapping[str, Any], *, fold: int) -> Member:
+        """Return a fold of a trial as it begins: images on the device, untrained network, optimizer."""
         split = split_params(self._file, params)
-        data = self._load(split.training.image_size)
+        training = split.training
+        data = self._load(training, fold=fold)
         network = build_network(
             self._file.network,
             in_channels=data.in_channels,
@@ -123,14 +129,20 @@ class Objective:
             params=split.network,
         ).to(self._device)
         return Member(
-            key=number,
+            key=(number, fold),
             network=network,
             data=data,
             coefficients=split.coefficients,
-            learning_rate=split.training.learning_rate,
-            batch_size=split.training.batch_size,
+            learning_rate=training.learning_rate,
+            batch_size=training.batch_size,
             n_epochs=self._file.n_epochs,
-            has_augmentation=split.training.augmentation,
+            fold=fold,
+            augmentation=_augmentation(training),
+            weight_decay=training.weight_decay,
+            schedule=training.schedule,
+            patience=training.patience,
+            steps_per_epoch=training.steps_per_epoch,
+            tiles=training.tiles,
         )
 
     def epochs(self) -> Generator[EpochReport, None, None]:
@@ -140,44 +152,98 @@ class Objective:
             DeviceMemoryError: The device has no memory left.
         """
         with self._memory_errors():
-            yield from LAYOUTS[self._layout].function(self._cohort)
+            for report in LAYOUTS[self._layout].function(self._cohort):
+                number, fold = report.key
+                trial = self._trials[number]
+                member = trial.members[self._file.folds.index(fold)]
+                if trial.in_sequence and report.is_done:
+                    self._end_fold(trial, member)
+                told = trial.report(report, member)
+                if told is not None:
+                    yield told
 
-    def member(self, number: int) -> Member:
+    def _end_fold(self, trial: Folds, member: Member) -> None:
+        """Score a fold's validation images one by one, and let the next fold begin."""
+        member.network.load_state_dict(member.best_weights)
+        metric, part = METRICS[self._file.score], member.data.val
+        pred, _ = self._score(member, part, self._file.score)
+        scores = [
+            metric.function(pred[i : i + 1], part.labels[i : i + 1], n_classes=member.data.n_classes).value.item()
+            for i in range(len(part))
+        ]
+        trial.image_scores += grouped(
+            [0.0 if score != score else score for score in scores], most=MOST_IMAGE_SCORES // len(trial.members)
+        )
+        self._cohort.release(member.key)
+        for following in trial.training():
+            self._cohort.admit(following)
+
+    def trial(self, number: int) -> Folds:
         """Return a trial in training."""
-        return self._cohort.members[number]
+        return self._trials[number]
 
     def save_checkpoint(self, number: int) -> None:
         """Store where a trial is."""
-        content = dump_checkpoint(self.member(number), identity=self._identity(number, self._params[number]))
+        content = dump_checkpoint(self.trial(number), identity=self._identity(number, self._params[number]))
         self._artifacts.write(f"{number}/{CHECKPOINT}", content)
 
     def finish(self, number: int) -> Outcome:
-        """Score the test images once, with the weights of the best epoch, and store what the trial leaves behind."""
-        member = self.member(number)
+        """Score the test images once, with the weights of the best epoch, and store what the trial leaves behind.
+
+        With several folds the scores are means over them, and the result has each fold's own as well.
+        """
+        trial = self.trial(number)
+        results: list[dict[str, Any]] = []
+        shown: dict[str, str] = {}
+        for member in trial.members:
+            result, pred = self._finish_fold(number, member)
+            results.append(result)
+            shown = shown or self._write_shown(number, trial.curve, member, pred)
+        return Outcome(trial.best_score, results[0] if self._file.n_folds is None else _mean_result(results), shown)
+
+    def _finish_fold(self, number: int, member: Member) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Score a fold's test images and store predictions and weights; return the scores and the prediction."""
         member.network.load_state_dict(member.best_weights)
         result: dict[str, Any] = {
             "best_epoch": member.best_epoch,
             "val": self._named(member.best_score, member.best_per_class),
         }
-        data, pred = member.data, None
+        data, pred, place = member.data, None, self._place(number, member.fold)
         if len(data.test):
-            metric = METRICS[self._file.score]
-            with self._memory_errors():
-                pred = predict(member.network, data.test.images, precision=self._precision, takes=metric.takes)
-                score = metric.function(pred, data.test.labels, n_classes=data.n_classes)
+            pred, score = self._score(member, data.test, self._file.score)
             result["test"] = self._named(score.value.item(), score.per_class.tolist())
-            self._artifacts.write(f"{number}/{PREDICTIONS}", _pack_predictions(data.test.cases, pred))
-        self._artifacts.write(f"{number}/{WEIGHTS}", self._pack_weights(number, member, data))
-        return Outcome(member.best_score, result, self._write_shown(number, member, pred))
+            self._artifacts.write(f"{place}/{PREDICTIONS}", _pack_predictions(data.test.cases, pred))
+        parts = {"val": data.val} | ({"test": data.test} if len(data.test) else {})
+        if self._file.extra_scores:
+            result["extra"] = {
+                name: {part: self._score(member, images, name)[1].value.item() for part, images in parts.items()}
+                for name in self._file.extra_scores
+            }
+        self._artifacts.write(f"{place}/{WEIGHTS}", self._pack_weights(number, member, data))
+        return result, pred
+
+    def _score(self, member: Member, part: Part, name: str) -> tuple[torch.Tensor, Score]:
+        """Return the prediction of some images, and a score of it."""
+        metric = METRICS[name]
+        with self._memory_errors():
+            pred = predict(
+                member.network, part.images, precision=self._precision, takes=metric.takes, tiles=member.tiles
+            )
+            return pred, metric.function(pred, part.labels, n_classes=member.data.n_classes)
+
+    def _place(self, number: int, fold: int) -> str:
+        return place(number, None if self._file.n_folds is None else fold)
 
     def release(self, number: int) -> None:
         """Let a trial go, finished or not, if it was admitted."""
         if self._params.pop(number, None) is not None:
-            self._cohort.release(number)
+            for member in self._trials.pop(number).members:
+                if self._cohort.holds(member):
+                    self._cohort.release(member.key)
 
     def provenance(self, number: int) -> dict[str, Any]:
         """Return under what conditions a trial was trained."""
-        member = self.member(number)
+        trial = self.trial(number)
         peak_mb = round(self._peak_memory() / 2**20)
         return {
             "frem_search": __version__,
@@ -190,8 +256,8 @@ class Objective:
             "seed": self.seed,
             "cohort": self._n_members,
             "layout": self._layout,
-            "seconds": round(sum(member.curve["seconds"]), 3),
-            "images": member.epoch * len(member.data.train),
+            "seconds": round(sum(trial.curve["seconds"]), 3),
+            "images": sum(member.epoch * member.images_per_epoch for member in trial.members),
             "peak_memory_mb": peak_mb,
             "peak_memory_mb_per_member": round(peak_mb / self._n_members),
         }
@@ -200,7 +266,8 @@ class Objective:
         """Remove a finished trial's checkpoint, and its weights too if they are not wanted."""
         self._artifacts.remove(f"{number}/{CHECKPOINT}")
         if weights:
-            self._artifacts.remove(f"{number}/{WEIGHTS}")
+            for fold in self._file.folds:
+                self._artifacts.remove(f"{self._place(number, fold)}/{WEIGHTS}")
 
     @property
     def searches_shapes(self) -> bool:
@@ -221,31 +288,43 @@ class Objective:
             )
             raise DeviceMemoryError(message) from None
 
-    def _write_shown(self, number: int, member: Member, pred: torch.Tensor | None) -> dict[str, str]:
+    def _write_shown(
+        self, number: int, curve: Mapping[str, Sequence[Any]], member: Member, pred: torch.Tensor | None
+    ) -> dict[str, str]:
         """Store curve and pictures: of test images, or without any of validation images; return how to find them."""
         part = member.data.val if pred is None else member.data.test
         images, labels = part.images[:MOST_IMAGES], part.labels[:MOST_IMAGES]
         if pred is None:
             with self._memory_errors():
-                pred = predict(member.network, images, precision=self._precision)
+                pred = predict(member.network, images, precision=self._precision, tiles=member.tiles)
         classes = pred[:MOST_IMAGES].argmax(dim=1) if pred.ndim > labels.ndim else pred[:MOST_IMAGES]
         picture = predictions_png(*(each.cpu().numpy() for each in (images, labels, classes)))
-        self._artifacts.write(f"{number}/{CURVE}", curve_csv(member.curve, self._dataset.class_names))
+        self._artifacts.write(f"{number}/{CURVE}", curve_csv(curve, self._dataset.class_names))
         self._artifacts.write(f"{number}/{PICTURE}", picture)
         return artifact_attrs(self._study_uid, number)
 
-    def _load(self, image_size: Any) -> ResidentData:
-        """Return the images of a size on the device, where all members of that size share them."""
-        if image_size not in self._data:
+    def _load(self, training: TrainingParams, *, fold: int) -> ResidentData:
+        """Return the images as a trial wants them on the device, where all members that want them so share them."""
+        size = training.image_size
+        key = size, fold, training.tiles, training.eightfold
+        if key not in self._data:
             # Before the next images are loaded: the device may not have room for two sizes.
-            used = [member.data for member in self._cohort.members.values()]
-            self._data = {size: data for size, data in self._data.items() if any(data is each for each in used)}
-            if image_size not in self._datasets:
-                self._datasets[image_size] = load_dataset(self._file.dataset, image_size=image_size)
-            self._data[image_size] = load_resident(
-                self._datasets[image_size], fold=self._file.fold, device=self._device
+            used = [member.data for trial in self._trials.values() for member in trial.members]
+            self._data = {
+                each: data for each, data in self._data.items() if each[0] == size or any(data is one for one in used)
+            }
+            if size not in self._datasets:
+                self._datasets[size] = load_dataset(self._file.dataset, image_size=size, n_folds=self._file.n_folds)
+            training.check_size(*self._datasets[size].labels.shape[1:])
+            self._data[key] = load_resident(
+                self._datasets[size],
+                fold=fold,
+                device=self._device,
+                tiles=training.tiles,
+                is_eightfold=training.eightfold,
+                needs_border=LOSSES[self._file.loss].needs_border,
             )
-        return self._data[image_size]
+        return self._data[key]
 
     def _peak_memory(self) -> int:
         """Return the most bytes that this process has used: of the device, or on the CPU of all."""
@@ -279,7 +358,8 @@ class Objective:
                 image_size=split.training.image_size,
                 dataset=self._dataset.name,
                 dataset_fingerprint=self._dataset.fingerprint,
-                fold=self._file.fold,
+                fold=member.fold,
+                n_folds=self._file.n_folds,
                 score=self._file.score,
                 precision=self._precision,
                 study=self._file.name,
@@ -288,6 +368,43 @@ class Objective:
                 state=member.best_weights,
             )
         )
+
+
+def place(number: int, fold: int | None) -> str:
+    """Return the folder of a trial's artifacts, or of one of its folds.
+
+    >>> place(3, None), place(3, 1)
+    ('3', '3/fold1')
+    """
+    return str(number) if fold is None else f"{number}/fold{fold}"
+
+
+def _mean_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over folds of their scores, and each fold's own."""
+    whole: dict[str, Any] = {}
+    for part in (part for part in ("val", "test") if part in results[0]):
+        scores = [result[part] for result in results]
+        classes = {name: mean([each["per_class"][name] for each in scores]) for name in scores[0]["per_class"]}
+        values = {name: mean([each[name] for each in scores]) for name in scores[0] if name != "per_class"}
+        whole[part] = values | {"per_class": classes}
+    if "extra" in results[0]:
+        whole["extra"] = {
+            name: {part: mean([result["extra"][name][part] for result in results]) for part in parts}
+            for name, parts in results[0]["extra"].items()
+        }
+    return whole | {"folds": [dict(result) for result in results]}
+
+
+def _augmentation(training: TrainingParams) -> Augmentation:
+    return Augmentation(
+        turns=training.augmentation,
+        rotation=training.rotation,
+        alpha=training.alpha,
+        sigma_elastic=training.sigma_elastic,
+        elastic_from=training.elastic_from,
+        mirror_quarters=training.mirror_quarters,
+        crop_size=training.crop,
+    )
 
 
 def _pack_predictions(cases: tuple[str, ...], pred: torch.Tensor) -> bytes:

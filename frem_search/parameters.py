@@ -2,42 +2,123 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import torch
 
+from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.errors import ParameterError, StudyFileError, UsageError
 from frem_search.losses import LOSSES
-from frem_search.metrics import METRICS
+from frem_search.metrics import METRICS, check_score
 from frem_search.networks import build_network, network_params
 from frem_search.space import corners
 from frem_search.study_file import StudyFile
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    return len(sides) == 2 and all(_is_count(side) for side in sides)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_schedule(value: object) -> bool:
+    """Whether it is a list of epochs, each later than the one before, with a factor above 0 each."""
+    if not isinstance(value, list | tuple) or not all(isinstance(each, list | tuple) for each in value):
+        return False
+    are_pairs = all(len(each) == 2 and _is_count(each[0]) and _is_number(each[1]) and each[1] > 0 for each in value)
+    return are_pairs and all(one[0] < other[0] for one, other in pairwise(value))
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+# What a study may say, in words and as a test.
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "learning_rate": ("a finite number above 0", lambda value: _is_number(value) and value > 0),
+    "batch_size": ("an integer of at least 1", _is_count),
+    "augmentation": ("true or false", _is_flag),
+    "image_size": ("pixels, or [rows, columns]", lambda value: value is None or _is_size(value)),
+    "rotation": ("true or false", _is_flag),
+    "alpha": ("a finite number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "sigma_elastic": ("pixels from 0.1 to 1000", lambda value: _is_number(value) and 0.1 <= value <= 1000),
+    "elastic_from": ("a score from 0 to 1", _is_share),
+    "mirror_quarters": ("a share from 0 to 1", _is_share),
+    "crop_size": ("pixels, or [rows, columns]", lambda value: value is None or _is_size(value)),
+    "weight_decay": ("a finite number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "schedule": ("{ value = [[epoch, factor], ...] } with rising epochs from 1 on and factors above 0", _is_schedule),
+    "patience": ("an integer of at least 1", lambda value: value is None or _is_count(value)),
+    "steps_per_epoch": ("an integer of at least 1", lambda value: value is None or _is_count(value)),
+    "tiles": ("an integer of at least 1", _is_count),
+    "eightfold": ("true or false", _is_flag),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingParams:
-    """What a study may set about training; the paper gives none of it, see docs/decisions.md."""
+    """What a study may set about training; the meaning of each is in docs/studies.md, the reasons in docs/decisions.md.
+
+    Raises:
+        ParameterError: One has a wrong value.
+    """
 
     learning_rate: float = 1e-3
     batch_size: int = 8
     image_size: int | tuple[int, int] | None = None
     augmentation: bool = True
+    rotation: bool = False
+    alpha: float = 0.0
+    sigma_elastic: float = 4.0
+    elastic_from: float = 0.0
+    mirror_quarters: float = 0.0
+    crop_size: int | tuple[int, int] | None = None
+    weight_decay: float = 0.0
+    schedule: tuple[tuple[int, float], ...] = ()
+    patience: int | None = None
+    steps_per_epoch: int | None = None
+    tiles: int = 1
+    eightfold: bool = False
 
     def __post_init__(self) -> None:
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ParameterError(name="learning_rate", expected="a finite number above 0", got=rate)
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ParameterError(name="batch_size", expected="an integer of at least 1", got=self.batch_size)
-        if not isinstance(self.augmentation, bool):
-            raise ParameterError(name="augmentation", expected="true or false", got=self.augmentation)
-        sides = self.image_size if isinstance(self.image_size, list | tuple) else (self.image_size,) * 2
-        if self.image_size is not None and (
-            len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides)
-        ):
-            raise ParameterError(name="image_size", expected="pixels, or [rows, columns]", got=self.image_size)
+        for name, (expected, is_allowed) in ALLOWED.items():
+            if not is_allowed(getattr(self, name)):
+                raise ParameterError(name, expected, getattr(self, name))
+
+    @property
+    def crop(self) -> tuple[int, int] | None:
+        """Rows and columns of a crop."""
+        return (self.crop_size, self.crop_size) if isinstance(self.crop_size, int) else self.crop_size
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise if images of a size cannot be turned, cut and cropped as they should.
+
+        Raises:
+            ParameterError: It says at which size they could.
+        """
+        size = f"images of {height} x {width} pixels"
+        if self.eightfold and height != width:
+            raise ParameterError(
+                name="eightfold", expected=f"false, or a square image_size, for {size}", got=self.eightfold
+            )
+        if height % self.tiles or width % self.tiles:
+            raise ParameterError(name="tiles", expected=f"a divisor of height and width of {size}", got=self.tiles)
+        if self.crop is not None and (self.crop[0] * self.tiles > height or self.crop[1] * self.tiles > width):
+            of_tiles = f" cut into {self.tiles} x {self.tiles}" if self.tiles > 1 else ""
+            raise ParameterError(name="crop_size", expected=f"at most the size of {size}{of_tiles}", got=self.crop_size)
 
 
 TRAINING_PARAMS = tuple(inspect.signature(TrainingParams).parameters)
@@ -60,13 +141,11 @@ def split_params(study_file: StudyFile, params: Mapping[str, Any]) -> SplitParam
     """
     loss = LOSSES[study_file.loss]
     known = network_params(study_file.network)
-    training = {name: value for name, value in params.items() if name in TRAINING_PARAMS}
-    if isinstance(training.get("image_size"), list):
-        training["image_size"] = tuple(training["image_size"])
-    coefficients = {name: params.get(name, default) for name, default in loss.coefficients.items()}
+    training = {name: _as_tuple(value) for name, value in params.items() if name in TRAINING_PARAMS}
+    coefficients = {name: params.get(name, default) for name, default in loss.defaults.items()}
     for name, value in coefficients.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ParameterError(name, "a weight from 0 to 1", value)
+        if not loss.coefficients[name].allows(value):
+            raise ParameterError(name, loss.coefficients[name].expected, value)
     network = {name: value for name, value in params.items() if name in known}
     for name in params:
         if name not in (*TRAINING_PARAMS, *known, *loss.coefficients):
@@ -77,9 +156,25 @@ def split_params(study_file: StudyFile, params: Mapping[str, Any]) -> SplitParam
     return SplitParams(TrainingParams(**training), network, coefficients)
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value
+
+
 def first_image_size(study_file: StudyFile) -> int | tuple[int, int] | None:
     """Return the size at which a study's images are read first."""
     return split_params(study_file, next(corners(study_file.space))).training.image_size
+
+
+def load_images(study_file: StudyFile) -> Dataset:
+    """Return a study's images at the size of its first trials, its folds checked.
+
+    Raises:
+        DatasetError: They cannot be read, or there is no such fold.
+    """
+    dataset = load_dataset(study_file.dataset, image_size=first_image_size(study_file), n_folds=study_file.n_folds)
+    for fold in study_file.folds:
+        dataset.indices("train", fold=fold)
+    return dataset
 
 
 def check(study_file: StudyFile) -> None:
@@ -88,7 +183,8 @@ def check(study_file: StudyFile) -> None:
     Raises:
         StudyFileError: The message names file, key, what was expected and what was got.
     """
-    for key, name, known in (("loss", study_file.loss, LOSSES), ("score", study_file.score, METRICS)):
+    scores = [("score", study_file.score), *(("extra_scores", name) for name in study_file.extra_scores)]
+    for key, name, known in (("loss", study_file.loss, LOSSES), *((*score, METRICS) for score in scores)):
         if name not in known:
             message = f"{study_file.path}: {key}: expected one of {', '.join(known)}, but got {name!r}."
             raise StudyFileError(message)
@@ -117,8 +213,9 @@ def _check_corner(study_file: StudyFile, params: Mapping[str, Any]) -> None:
 
 def _check_coefficients(study_file: StudyFile) -> None:
     """A weight of an auxiliary loss needs a network that has an auxiliary output."""
-    given = sorted(set(study_file.space) & set(LOSSES[study_file.loss].coefficients))
-    if not given:
+    loss = LOSSES[study_file.loss]
+    given = sorted(set(study_file.space) & set(loss.coefficients))
+    if not loss.auxiliary or not (given or loss.needs_auxiliary):
         return
     tried = []
     for params in corners(study_file.space):
@@ -129,7 +226,38 @@ def _check_coefficients(study_file: StudyFile) -> None:
         split = split_params(study_file, params)
         network = build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network)
         if network(torch.zeros(2, 1, 32, 32)).auxiliary is None:
-            raise ParameterError(given[0], "a network with an auxiliary output (supervision = true)", kind)
+            name = (given or list(loss.coefficients))[0]
+            raise ParameterError(name, f"a network with an auxiliary output ({loss.auxiliary})", kind)
+
+
+def check_dataset(study_file: StudyFile, dataset: Dataset) -> None:
+    """Check that a study's loss and score take the classes of a dataset, and that its images can be cut as it says.
+
+    Args:
+        study_file: The study, checked by itself.
+        dataset: At the size of `first_image_size`.
+
+    Raises:
+        UsageError: Loss or score take another number of classes.
+        StudyFileError: Images cannot be cut or turned so.
+    """
+    n_classes, wanted = len(dataset.class_names), LOSSES[study_file.loss].n_classes
+    if wanted not in (None, n_classes):
+        message = (
+            f"{study_file.name}: expected images of {wanted} classes, as {study_file.loss} needs them, but "
+            f"{dataset.name} has {n_classes} ({', '.join(dataset.class_names)}). Choose another loss or dataset."
+        )
+        raise UsageError(message)
+    for score in (study_file.score, *study_file.extra_scores):
+        check_score(score, n_classes=n_classes)
+    for params in corners(study_file.space):
+        training = split_params(study_file, params).training
+        size = training.image_size or dataset.labels.shape[1:]
+        try:
+            training.check_size(*((size, size) if isinstance(size, int) else size))
+        except ParameterError as error:
+            message = f"{study_file.path}: params.{error}"
+            raise StudyFileError(message) from None
 
 
 def searches_shapes(study_file: StudyFile) -> bool:
@@ -141,5 +269,6 @@ def searches_shapes(study_file: StudyFile) -> bool:
             study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network, device="meta"
         )
         weights = tuple(tuple(value.shape) for value in network.state_dict().values())
-        shapes.add((split.training.image_size, split.training.batch_size, weights))
+        training = split.training
+        shapes.add((training.image_size, training.crop_size, training.tiles, training.batch_size, weights))
     return len(shapes) > 1

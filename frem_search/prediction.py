@@ -76,8 +76,8 @@ def predict_image(network: nn.Module, image: np.ndarray, *, weights: Weights) ->
     prepared = torch.from_numpy(normalise(resize_image(image, (rows, columns))))[None].to(device)
     prepared = prepared.contiguous(memory_format=torch.channels_last)
     if (rows, columns) == own:
-        return predict(network, prepared, precision=weights.precision)[0].cpu().numpy()
-    probs = predict(network, prepared, precision=weights.precision, takes="probabilities")
+        return predict(network, prepared, precision=weights.precision, tiles=weights.tiles)[0].cpu().numpy()
+    probs = predict(network, prepared, precision=weights.precision, takes="probabilities", tiles=weights.tiles)
     # Antialiased: where the image is smaller than image_size, every probability counts and not each fourth.
     resized = nn.functional.interpolate(probs, size=own, mode="bilinear", antialias=True)
     return resized[0].argmax(dim=0).to(torch.uint8).cpu().numpy()

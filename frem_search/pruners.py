@@ -1,8 +1,10 @@
 """Pruning as a function of the stored reports alone, so that a trial adopted by another worker is decided alike."""
 
+import warnings
 from typing import Any
 
-from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -63,5 +65,10 @@ def make_pruner(name: str, settings: dict[str, Any]) -> BasePruner:
         )
     if name == "asha":
         return SuccessiveHalving(min_epochs=settings["min_epochs"], factor=settings["factor"])
+    if name == "wilcoxon":
+        # Its steps are validation images, fold after fold: compared with the best trial's scores of the same images.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # since Optuna 3.6; ours is to follow its changes
+            return WilcoxonPruner(n_startup_steps=settings["n_startup_images"])
     assert name == "none", name  # study_file.PRUNERS let it through
     return NopPruner()

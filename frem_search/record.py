@@ -77,6 +77,13 @@ class StudyRecord:
     storage: str = ""
 
     @property
+    def n_epochs(self) -> int:
+        """Epochs of a trial: of all its folds together if they are trained one after another."""
+        in_sequence = self.contract.get("pruner", {}).get("name") == "wilcoxon"
+        n_epochs: int = self.contract["n_epochs"]
+        return n_epochs * self.contract["n_folds"] if in_sequence else n_epochs
+
+    @property
     def complete(self) -> tuple[TrialRecord, ...]:
         """The trials that ran to their end."""
         return tuple(trial for trial in self.trials if trial.state == "complete")

@@ -1,6 +1,7 @@
 """Suggestions as a function of the study's seed, the trial's number, the parameter and the trials before it."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,44 @@ class SobolSampler(BaseSampler):
         return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
 
+class GridSampler(BaseSampler):
+    """The combination of choices whose place among all of them is the trial's number; after the last, the first again.
+
+    Differs: Optuna's GridSampler keeps the grid in each trial's attributes and draws from what is left at random, so
+    that workers side by side may try the same one.
+
+    Args:
+        number: The trial's number.
+    """
+
+    def __init__(self, *, number: int) -> None:
+        self._number = number
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> SearchSpace:  # noqa: ARG002 Optuna's signature
+        """Return nothing: the space is given by `PerTrialSampler`."""
+        return {}
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:  # noqa: ARG002
+        """Return the combination; the last parameter by name changes fastest."""
+        shape = [len(_choices(distribution)) for distribution in search_space.values()]
+        places = np.unravel_index(self._number % math.prod(shape), shape)
+        return {
+            name: _choices(distribution)[int(place)]
+            for (name, distribution), place in zip(search_space.items(), places, strict=True)
+        }
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return the parameter's next choice, as in a trial enqueued with some parameters only."""
+        return self.sample_relative(study, trial, {param_name: param_distribution})[param_name]
+
+
+def _choices(distribution: BaseDistribution) -> Sequence[Any]:
+    assert isinstance(distribution, CategoricalDistribution), distribution  # study_file refuses ranges
+    return distribution.choices
+
+
 def _at(distribution: BaseDistribution, u: float) -> Any:
     """Return the value at the share `u` in [0, 1) of a distribution."""
     if isinstance(distribution, CategoricalDistribution):
@@ -121,7 +160,7 @@ def _gp(seed: int, number: int, n_startup_trials: int) -> BaseSampler:  # noqa: 
 
 
 SAMPLERS: dict[str, Callable[[int, int, int], BaseSampler]] = {"tpe": _tpe, "random": _random, "gp": _gp}
-SAMPLER_NAMES = (*SAMPLERS, "qmc")
+SAMPLER_NAMES = (*SAMPLERS, "qmc", "grid")
 
 
 def make_sampler(name: str, *, space: Mapping[str, BaseDistribution], seed: int, n_startup_trials: int) -> BaseSampler:
@@ -135,5 +174,7 @@ def make_sampler(name: str, *, space: Mapping[str, BaseDistribution], seed: int,
     """
     if name == "qmc":
         return PerTrialSampler(lambda _, number: SobolSampler(seed=seed, number=number), space=space, seed=seed)
+    if name == "grid":
+        return PerTrialSampler(lambda _, number: GridSampler(number=number), space=space, seed=seed)
     make = SAMPLERS[name]
     return PerTrialSampler(lambda drawn, number: make(drawn, number, n_startup_trials), space=space, seed=seed)

@@ -89,7 +89,7 @@ class Trainee:
 
     def shortened(self) -> "Trainee":
         """Return the same with no more images than two batches need, so that an epoch is short on any machine."""
-        split = self.dataset.splits[self.study_file.fold]
+        split = self.dataset.splits[self.study_file.folds[0]]
         n_train = min(len(split.train), 2 * int(self.params.get("batch_size", TrainingParams.batch_size)))
         n_val = max(1, round(n_train * len(split.val) / len(split.train)))
         short = Split(split.train[:n_train], split.val[:n_val], ())
@@ -147,8 +147,8 @@ def _train(trainee: Trainee, arrangement: Arrangement, seconds: float, wait: Cal
         layout=arrangement.layout,
     )
     for number in range(arrangement.cohort):
-        objective.admit(number, trainee.params)
-    n_images = len(objective.member(0).data.train)
+        objective.admit(number, trainee.params | {"patience": None})  # it trains for as long as it is timed
+    n_images = sum(member.images_per_epoch for member in objective.trial(0).members)
     with closing(objective.epochs()) as reports:
         _take(reports, arrangement.cohort)
         wait()

@@ -68,7 +68,7 @@ def status_lines(record: StudyRecord) -> list[str]:
     if record.best is not None:
         lines.append(f"  best      {describe_trial(record.best, record.score)}")
     lines += [
-        f"  training  trial {trial.number}, epoch {trial.epoch} of {record.contract['n_epochs']}, on {trial.worker}"
+        f"  training  trial {trial.number}, epoch {trial.epoch} of {record.n_epochs}, on {trial.worker}"
         for trial in record.trials
         if trial.state == "running"
     ]

@@ -21,6 +21,7 @@ from frem_search.files import read_secret
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
 
@@ -144,6 +145,7 @@ class Storage:
         self, url: sa.URL, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
     ) -> None:
         self._is_read_only, self._n_connections = is_read_only, n_connections
+        self._known = set[int]()  # studies whose trials Optuna's cache holds
         self.label = url.render_as_string(hide_password=True)
         text = url.render_as_string(hide_password=False)
         self._optuna_url = text.replace("{", "{{").replace("}", "}}")  # RDBStorage fills {SCHEMA_VERSION} into its URL
@@ -200,6 +202,36 @@ class Storage:
             raise
         finally:
             backend.scoped_session = usual
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Let Optuna read the trials of a study once in this block, however often it looks at them.
+
+        It looks for enqueued trials first, and the sampler looks again for itself; each time all running ones are read.
+        """
+        backend = self._backend
+        usual, known = backend._get_trials, set[int]()
+
+        def read(study_id: int, *args: Any, **kwargs: Any) -> "list[FrozenTrial]":
+            if study_id in known:
+                return []
+            known.add(study_id)
+            return usual(study_id, *args, **kwargs)
+
+        backend._get_trials = read
+        try:
+            yield
+        finally:
+            backend._get_trials = usual
+
+    def get_to_know(self, study_id: int) -> None:
+        """Read the trials of a study, unless they were read before; later only those are read that have changed.
+
+        Thousands of them take seconds: whoever reads them first under the study's lock holds up all other workers.
+        """
+        if study_id not in self._known:
+            self.optuna.get_all_trials(study_id, deepcopy=False)
+            self._known.add(study_id)
 
     def retrying(
         self, action: Callable[[], T], *, patience_s: float = 60.0, is_stopping: Callable[[], bool] = lambda: False
@@ -277,6 +309,7 @@ class Storage:
     def _drop_cache(self) -> None:
         fresh = optuna.storages.get_storage(self._backend)
         self.optuna.__dict__.update(fresh.__dict__)
+        self._known.clear()
 
     def _explain(self, error: BaseException) -> str:
         cause = error if isinstance(error, exc.DBAPIError) else error.__cause__ or error

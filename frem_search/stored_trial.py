@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from frem_search.artifacts import Artifacts, artifacts_url
-from frem_search.data.dataset import Dataset, load_dataset
+from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError, ContractError, UsageError
-from frem_search.objective import WEIGHTS
-from frem_search.parameters import first_image_size
+from frem_search.objective import WEIGHTS, place
+from frem_search.parameters import load_images
 from frem_search.record import StudyRecord, TrialRecord
 from frem_search.space import resolve, searched, space_from_json
 from frem_search.study import artifacts_prefix
@@ -45,14 +45,27 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
     return resolve(space, trial.params)
 
 
-def stored_weights(record: StudyRecord, trial: TrialRecord, *, artifacts: str | None) -> Weights:
+def stored_weights(
+    record: StudyRecord, trial: TrialRecord, *, artifacts: str | None, fold: int | None = None
+) -> Weights:
     """Return the weights that a study kept of a trial.
 
+    Args:
+        record: The study.
+        trial: One of its trials.
+        artifacts: Where the study keeps its files; None is the usual place.
+        fold: Of a cross-validation, which fold's; None is the first one's.
+
     Raises:
+        UsageError: There is no such fold.
         ArtifactError: It keeps none of this trial, or the file is torn.
     """
     stored = Artifacts(artifacts_url(artifacts), artifacts_prefix(record.name, record.uid))
-    name = f"{trial.number}/{WEIGHTS}"
+    n_folds = record.contract.get("n_folds")
+    if n_folds is not None and not 0 <= (fold or 0) < n_folds:
+        message = f"--fold: expected 0 to {n_folds - 1}, the folds of {record.name}, but got {fold}."
+        raise UsageError(message)
+    name = f"{place(trial.number, None if n_folds is None else fold or 0)}/{WEIGHTS}"
     content = stored.read(name)
     if content is None:
         message = (
@@ -87,6 +100,7 @@ def stored_study_file(record: StudyRecord, trial: TrialRecord, *, dataset: str) 
         loss=contract["loss"],
         score=contract["score"],
         fold=contract["fold"],
+        n_folds=contract.get("n_folds"),
         precision=contract["precision"],
         sampler=Sampler(contract["sampler"], seed, contract["n_startup_trials"]),
     )
@@ -98,7 +112,7 @@ def matching_dataset(record: StudyRecord, settled: StudyFile) -> Dataset:
     Raises:
         ContractError: Their content is another than when the study was begun.
     """
-    dataset = load_dataset(settled.dataset, image_size=first_image_size(settled))
+    dataset = load_images(settled)
     if dataset.fingerprint != record.contract["dataset_fingerprint"]:
         message = (
             f"{dataset.folder}: expected the images that {record.name} was trained on (fingerprint "

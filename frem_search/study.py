@@ -46,7 +46,7 @@ def make_contract(
         "n_startup_trials": study_file.sampler.n_startup_trials,
         "seed": study_file.sampler.seed,
         "pruner": {"name": study_file.pruner} | dict(study_file.pruner_settings),
-    }
+    } | ({} if study_file.n_folds is None else {"n_folds": study_file.n_folds})
 
 
 @dataclass(frozen=True)

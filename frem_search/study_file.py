@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from frem_search.errors import StudyFileError, did_you_mean
-from frem_search.space import Space, parse_space
+from frem_search.space import Range, Space, parse_space
 
 PRECISIONS = ("auto", "fp32", "bf16")
-SAMPLERS = ("tpe", "random", "gp", "qmc")
+SAMPLERS = ("tpe", "random", "gp", "qmc", "grid")
 PRUNERS: dict[str, dict[str, int]] = {  # the settings of each, with what they are when the file is silent
     "none": {},
     "median": {"n_startup_trials": 5, "n_warmup_epochs": 0},
     "asha": {"min_epochs": 1, "factor": 4},
+    "wilcoxon": {"n_startup_images": 5},
 }
 
 
@@ -42,11 +43,28 @@ class StudyFile:
     space: Space
     loss: str = "softmax_cross_entropy"
     score: str = "mean_iou"
+    extra_scores: tuple[str, ...] = ()  # told of every complete trial too, and not searched for
     fold: int = 0
+    n_folds: int | None = None  # of a cross-validation; None trains and scores one fold
     precision: str = "auto"
     sampler: Sampler = field(default_factory=Sampler)
     pruner: str = "none"
     pruner_settings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """Which folds a trial is trained and scored on."""
+        return (self.fold,) if self.n_folds is None else tuple(range(self.n_folds))
+
+    @property
+    def n_epochs_of_trial(self) -> int:
+        """Epochs of a trial: of all its folds together if they are trained one after another."""
+        return self.n_epochs * len(self.folds) if self.is_pruned_by_fold else self.n_epochs
+
+    @property
+    def is_pruned_by_fold(self) -> bool:
+        """Whether a trial's folds are trained one after another, so that the next one can be spared."""
+        return self.pruner == "wilcoxon"
 
 
 def studies_folders() -> tuple[Path, ...]:
@@ -174,7 +192,9 @@ class _Reader:
             "network",
             "loss",
             "score",
+            "extra_scores",
             "fold",
+            "folds",
             "precision",
             "budget",
             "params",
@@ -184,7 +204,13 @@ class _Reader:
         self.known(table, "", known)
         budget, params = self.table(table, "budget"), self.table(table, "params")
         self.known(budget, "budget.", ("n_trials", "n_epochs"))
+        n_folds, space = self.folds(table), parse_space(params, where=f"{self.path}: params")
+        sampler = self.sampler(self.table(table, "sampler"))
+        if sampler.name == "grid" and (ranges := [name for name, param in space.items() if isinstance(param, Range)]):
+            self.wrong(f"params.{ranges[0]}", "expected a choice, as grid tries them all, but got a range. List values.")
         pruner, settings = self.pruner(self.table(table, "pruner"))
+        if pruner == "wilcoxon" and n_folds is None:
+            self.wrong("pruner.name", "wilcoxon compares folds, but there is one only. Add [folds] with n = 5, say.")
         return StudyFile(
             name=name,
             path=self.path,
@@ -194,15 +220,26 @@ class _Reader:
             network=self.text(table, "network"),
             loss=self.text(table, "loss", default="softmax_cross_entropy"),
             score=self.text(table, "score", default="mean_iou"),
+            extra_scores=self.texts(table, "extra_scores"),
             fold=self.integer(table, "fold", low=0, default=0),
+            n_folds=n_folds,
             precision=self.text(table, "precision", default="auto", among=PRECISIONS),
             n_trials=self.integer(budget, "budget.n_trials", low=1),
             n_epochs=self.integer(budget, "budget.n_epochs", low=1),
-            space=parse_space(params, where=f"{self.path}: params"),
-            sampler=self.sampler(self.table(table, "sampler")),
+            space=space,
+            sampler=sampler,
             pruner=pruner,
             pruner_settings=settings,
         )
+
+    def folds(self, table: dict[str, Any]) -> int | None:
+        if "folds" not in table:
+            return None
+        if "fold" in table:
+            self.wrong("folds", "expected either fold, to train one, or [folds], to train all, but got both.")
+        folds = self.table(table, "folds")
+        self.known(folds, "folds.", ("n",))
+        return self.integer(folds, "folds.n", low=2)
 
     def sampler(self, table: dict[str, Any]) -> Sampler:
         self.known(table, "sampler.", ("name", "seed", "n_startup_trials"))
@@ -244,6 +281,12 @@ class _Reader:
         if among is not None and value not in among:
             self.wrong(key, f"expected one of {', '.join(among)}, but got {value!r}.")
         return str(value)
+
+    def texts(self, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+            self.wrong(key, f"expected a list of texts, but got {value!r}.")
+        return tuple(value)
 
     def integer(self, table: Mapping[str, Any], key: str, *, low: int, default: int | None = None) -> int:
         value = table.get(key.rpartition(".")[2], default)

@@ -107,7 +107,7 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
     (score,) = (name for name in result["val"] if name != "per_class")
     lines = [
         "",
-        f"With the weights of epoch {result['best_epoch']}, the best:",
+        _weights_of(result),
         "",
         f"| {_plain(score)} | {' | '.join(parts)} |",
         "|---|" + "---|" * len(parts),
@@ -116,7 +116,17 @@ def _scores(result: Mapping[str, Any]) -> list[str]:
     for name in result["val"]["per_class"]:
         cells = " | ".join(_number(part["per_class"][name]) for part in parts.values())
         lines.append(f"| {_plain(name)} | {cells} |")
+    for name, values in result.get("extra", {}).items():
+        lines.append(f"| {_plain(name)} | {' | '.join(_number(values[part]) for part in values)} |")
     return lines
+
+
+def _weights_of(result: Mapping[str, Any]) -> str:
+    """Return with which weights the scores were made."""
+    if "folds" not in result:
+        return f"With the weights of epoch {result['best_epoch']}, the best:"
+    epochs = ", ".join(str(fold["best_epoch"]) for fold in result["folds"])
+    return f"Means over {len(result['folds'])} folds, each with the weights of its best epoch ({epochs}):"
 
 
 def _number(value: float | None) -> str:

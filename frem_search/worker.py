@@ -15,7 +15,8 @@ from frem_search.space import Space, resolve
 
 if TYPE_CHECKING:
     from frem_search.objective import Outcome
-    from frem_search.training.member import EpochReport, Member
+    from frem_search.training.folds import Folds
+    from frem_search.training.member import EpochReport
 
 MOST_REPORTS = 50  # that Optuna gets of a trial: its intermediate values are what slows a study down
 BUSY_POLL_S = 2.0
@@ -27,7 +28,7 @@ KEPT_WEIGHTS = 3  # of the best trials; one of FREM's has 31 MB
 class TrialTrainer(Protocol):
     """What a worker asks of an objective."""
 
-    def admit(self, number: int, params: Mapping[str, Any]) -> "Member":
+    def admit(self, number: int, params: Mapping[str, Any]) -> "Folds":
         """Begin a trial, or go on with it."""
 
     def epochs(self) -> "Generator[EpochReport, None, None]":
@@ -49,7 +50,7 @@ class TrialTrainer(Protocol):
     def searches_shapes(self) -> bool:
         """Whether one trial may need more memory than another."""
 
-    def member(self, number: int) -> "Member":
+    def trial(self, number: int) -> "Folds":
         """Return a trial in training."""
 
     def provenance(self, number: int) -> dict[str, Any]:
@@ -171,17 +172,16 @@ class Worker:
         self._slots[held.number] = _Slot(held, -math.inf if held.is_adopted else time.monotonic())
         params = resolve(self._space, held.trial.params)
         yield TrialEvent("adopted" if held.is_adopted else "claimed", held.number, params=params)
-        member = self._objective.admit(held.number, params)
-        held.epoch = member.epoch
+        trial = self._objective.admit(held.number, params)
+        held.epoch = trial.epoch
         if held.is_adopted:
             self._leases.resumed(held)
             # What was trained while the database was away, by a worker that did not live to tell it.
-            for epoch, best in zip(member.curve["epoch"], member.curve["best_score"], strict=True):
-                if self._is_due(held, epoch):
-                    self._leases.report(held, best, step=epoch)
+            for step, value in self._owed(held, trial):
+                self._leases.report(held, value, step=step)
             if held.reported and self._leases.should_prune(held):
                 yield self._prune(held, BELOW_OTHERS)
-            elif member.epoch >= self._n_epochs:
+            elif trial.is_done:
                 yield self._complete(held)
 
     def _train(self) -> Iterator[TrialEvent]:
@@ -234,18 +234,34 @@ class Worker:
         """Report what is due; return why the trial ends here, or nothing."""
         if not report.is_finite:
             return f"the training loss was no number in epoch {report.epoch}"
-        if report.is_done or not self._is_due(held, report.epoch):
-            return ""
-        self._leases.report(held, report.best_score, step=report.epoch)
-        return BELOW_OTHERS if self._leases.should_prune(held) else ""
+        due = self._due(held, report)
+        for step, value in due:
+            self._leases.report(held, value, step=step)
+        return BELOW_OTHERS if due and not report.is_done and self._leases.should_prune(held) else ""
+
+    def _due(self, held: Held, report: "EpochReport") -> list[tuple[int, float]]:
+        """Return what is to be reported after an epoch: by epoch the best score, of folds in sequence each image's."""
+        trial = self._objective.trial(held.number)
+        if trial.in_sequence:
+            return self._owed(held, trial)
+        is_due = not report.is_done and self._is_due(held, report.epoch)
+        return [(report.epoch, report.best_score)] if is_due else []
+
+    def _owed(self, held: Held, trial: "Folds") -> list[tuple[int, float]]:
+        """Return all that was due and that the storage does not have."""
+        if trial.in_sequence:
+            return [(step, score) for step, score in enumerate(trial.image_scores, 1) if step > held.reported]
+        curve = trial.curve
+        pairs = zip(curve["epoch"], curve["best_score"], strict=True)
+        return [(epoch, best) for epoch, best in pairs if self._is_due(held, epoch)]
 
     def _is_due(self, held: Held, epoch: int) -> bool:
         return epoch % self._report_every == 0 and epoch > held.reported
 
     def _checkpoint(self, held: Held) -> None:
         self._objective.save_checkpoint(held.number)
-        member = self._objective.member(held.number)
-        self._leases.checkpointed(held, epoch=member.epoch, curve=member.curve)
+        trial = self._objective.trial(held.number)
+        self._leases.checkpointed(held, epoch=trial.epoch, curve=trial.curve)
         self._slots[held.number].saved_at = time.monotonic()
 
     def _complete(self, held: Held) -> TrialEvent:
@@ -259,7 +275,7 @@ class Worker:
         return TrialEvent("complete", held.number, value=outcome.score)
 
     def _prune(self, held: Held, reason: str) -> TrialEvent:
-        value = self._objective.member(held.number).best_score
+        value = self._objective.trial(held.number).best_score
         self._tell(held, TrialState.PRUNED, {"reason": reason})
         self._forget(held.number)
         return TrialEvent("pruned", held.number, value=value, reason=reason)
@@ -274,9 +290,10 @@ class Worker:
         shown: Mapping[str, str] | None = None,
     ) -> None:
         provenance = self._objective.provenance(held.number)
-        curve = self._objective.member(held.number).curve
+        trial = self._objective.trial(held.number)
+        step = 0 if trial.in_sequence else self._n_epochs  # whose steps are images, the last of them reported
         attrs = {**attrs, "provenance": provenance}
-        self._leases.tell(held, state=state, value=value, step=self._n_epochs, attrs=attrs, shown=shown, curve=curve)
+        self._leases.tell(held, state=state, value=value, step=step, attrs=attrs, shown=shown, curve=trial.curve)
         self._objective.discard(held.number, weights=False)
         self._errors_in_a_row = 0
 

@@ -291,18 +291,31 @@ class DoNothing:
 
     searches_shapes = False
 
-    def __init__(self, n_epochs=3, *, score=None, before_epoch=None, checkpoints=None):
+    def __init__(self, n_epochs=3, *, score=None, before_epoch=None, checkpoints=None, image_scores=None):
         self.n_epochs = n_epochs
         self.score = score or (lambda params, epoch: epoch * 0.01 + sum(map(float, params.values())) * 1e-4)
         self.before_epoch = before_epoch or (lambda number, epoch: None)
         self.checkpoints = {} if checkpoints is None else checkpoints
+        # Of folds in sequence, an epoch each: what its images score with a trial's parameters.
+        self.image_scores = image_scores
         self.members, self.params, self.discarded, self.n_trained = {}, {}, [], 0
 
     def admit(self, number, params):
         epoch, curve = self.checkpoints.get(number, (0, {"epoch": [], "score": [], "best_score": []}))
         best = max(curve["score"], default=float("-inf"))
         curve = {name: list(column) for name, column in curve.items()}
-        self.members[number] = SimpleNamespace(key=number, epoch=epoch, curve=curve, best_score=best, has_ended=False)
+        self.members[number] = SimpleNamespace(
+            key=number,
+            epoch=epoch,
+            curve=curve,
+            best_score=best,
+            has_ended=False,
+            is_done=epoch >= self.n_epochs,
+            in_sequence=self.image_scores is not None,
+            image_scores=[score for done in range(epoch) for score in self.image_scores(params, done + 1)]
+            if self.image_scores
+            else [],
+        )
         self.params[number] = params
         return self.members[number]
 
@@ -330,10 +343,12 @@ class DoNothing:
                 member.curve["epoch"].append(member.epoch)
                 member.curve["score"].append(value if is_finite else None)
                 member.curve["best_score"].append(member.best_score)
+                if self.image_scores:
+                    member.image_scores += self.image_scores(self.params[member.key], member.epoch)
                 is_done = member.epoch == self.n_epochs
                 yield EpochReport(member.key, member.epoch, 0.5, value, member.best_score, is_finite, is_done, 0.0)
 
-    def member(self, number):
+    def trial(self, number):
         return self.members[number]
 
     def save_checkpoint(self, number):

@@ -25,7 +25,8 @@ def test_list_says_what_is_here(run_cli, home, tiny_dataset):
     listed = run_cli("data", "list", "--json")
     assert listed.returncode == 0, listed.stderr
     rows = {row["name"]: row for row in json.loads(listed.stdout)}
-    assert {"mouse", "drosophila", "mouse_synthetic", "drosophila_synthetic", "tiny"} == set(rows)
+    known = {"mouse", "drosophila", "isbi2012", "h1299", "mouse_synthetic", "drosophila_synthetic"}
+    assert known | {"tiny"} == set(rows)
     assert [name for name, row in rows.items() if row["is_present"]] == ["tiny"]
     assert rows["tiny"]["folder"] == str(home / "datasets" / "tiny")
 

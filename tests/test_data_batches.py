@@ -39,6 +39,24 @@ def test_seed_fold_and_epoch_each_matter(other):
     assert (one.flags != two.flags).any()
 
 
+@pytest.mark.parametrize(
+    ("n_images", "batch_size", "n_steps"), [(7, 3, 2), (7, 3, 3), (6, 4, 5), (1, 4, 2), (30, 5, 6)]
+)
+def test_epochs_of_given_steps_go_on_where_the_one_before_stopped(n_images, batch_size, n_steps):
+    given = {"seed": 4, "fold": 1}
+    n_epochs = 8
+    epochs = [epoch_batches(n_images, batch_size, epoch=1 + e, n_steps=n_steps, **given) for e in range(n_epochs)]
+    passes = [epoch_batches(n_images, batch_size, epoch=1 + e, **given) for e in range(n_epochs * n_steps)]
+    for drawn, expected in zip(zip(*epochs, strict=True), zip(*passes, strict=True), strict=True):
+        assert {len(each) for each in drawn} == {n_steps}
+        np.testing.assert_array_equal(np.concatenate(drawn), np.concatenate(expected)[: n_epochs * n_steps])
+
+
+def test_no_image_is_drawn_again_before_all_were():
+    seen = np.concatenate([epoch_batches(24, 4, seed=0, fold=0, epoch=e, n_steps=2).indices.ravel() for e in (1, 2, 3)])
+    assert sorted(seen) == list(range(24))
+
+
 def test_flags_are_fair_and_independent():
     flags = epoch_batches(4000, 10, seed=0, fold=0, epoch=0).flags.reshape(-1, 3)
     counts = np.bincount(flags @ [4, 2, 1], minlength=8)

@@ -49,6 +49,7 @@ def command_lines():
 
 
 LINES = list(command_lines())
+GENERATED = ["cli.md", "networks.md"]
 
 
 def text_files():
@@ -79,8 +80,17 @@ def test_every_command_is_documented(name):
         assert f"\n| `{name}` |" in (REPOSITORY / "README.md").read_text()
 
 
-def test_command_reference_is_current(capsys):
-    assert Cog().main(["cog", "--check", str(DOCS / "cli.md")]) == 0, "Run `make docs`." + capsys.readouterr().out
+@pytest.mark.parametrize("page", GENERATED)
+def test_generated_page_is_current(page, capsys):
+    assert Cog().main(["cog", "--check", str(DOCS / page)]) == 0, "Run `make docs`." + capsys.readouterr().out
+
+
+def test_make_writes_and_compares_every_generated_page():
+    generated = [page.name for page in PAGES if "[[[cog" in page.read_text()]
+    assert generated == GENERATED
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for option in ("-r", "--check"):
+        assert f"cogapp {option} {' '.join(f'docs/{page}' for page in GENERATED)}\n" in makefile
 
 
 @pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page}: {' '.join(words)}" for page, words in LINES])

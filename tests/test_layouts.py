@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from frem_search.data.augment import Augmentation
+from frem_search.data.borders import border_distances
+from frem_search.metrics import METRICS, Score
 from frem_search.networks import build_network
 from frem_search.training import cohort as cohort_module
 from frem_search.training import graphs as graphs_module
@@ -17,6 +20,7 @@ from frem_search.training import layouts as layouts_module
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
 from frem_search.training.device import make_repeatable
+from frem_search.training.folds import Folds
 from frem_search.training.graphs import Graphed, train_epoch_graphed
 from frem_search.training.layouts import LAYOUTS, in_threads
 from frem_search.training.member import Member
@@ -28,6 +32,7 @@ DIFFERING = (
     {"X": 1000.0, "weight": 0.6},
     {"B": 1, "X": 3.0, "weight": 0.1, "learning_rate": 2e-2},
 )
+SETTINGS = ("augmentation", "weight_decay", "schedule", "patience", "steps_per_epoch", "tiles")  # of a member
 N_EPOCHS, BATCH = 5, 4
 SHORT, LONG = 8, 40  # training images: 2 steps an epoch, and 10
 # A stack's kernels add in another order, and Adam makes a rounding grow: tests/test_stacked.py.
@@ -96,27 +101,31 @@ def make_data(n=SHORT, *, size=16, device="cpu"):
     images = (labels[:, None] - 0.5 + 0.5 * rng.standard_normal((n + 4, 1, size, size))).astype(np.float32)
     images = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
     labels = torch.from_numpy(labels).to(device)
+    border = torch.stack([torch.from_numpy(border_distances(label.cpu().numpy())) for label in labels]).to(device)
     train, val = (
-        Part(tuple(map(str, range(n + 4)))[part], images[part], labels[part]) for part in (slice(n), slice(n, None))
+        Part(tuple(map(str, range(n + 4)))[part], images[part], labels[part], border[part])
+        for part in (slice(n), slice(n, None))
     )
     return ResidentData(train, val, val, 2, torch.device(device))
 
 
 def make_member(key=0, *, data=None, n_epochs=N_EPOCHS, **params):
     rate, weight = params.pop("learning_rate", 1e-2), params.pop("weight", 0.3)
-    batch_size = params.pop("batch_size", BATCH)
+    batch_size, params_of_loss = params.pop("batch_size", BATCH), params.pop("coefficients", None)
+    settings = {name: params.pop(name) for name in SETTINGS if name in params}
     wanted = {"base_channels": 4, "depth": 1, "B": 4, "X": 100.0, "supervision": True} | params
     data = data or make_data()
     network = build_network("unet", in_channels=1, n_classes=2, seed=0, params=wanted).to(data.device)
-    return Member(key, network, data, {"lambda": weight}, rate, batch_size, n_epochs)
+    coefficients = params_of_loss or {"lambda": weight}
+    return Member(key, network, data, coefficients, rate, batch_size, n_epochs, **settings)
 
 
 def make_members(**of_all):
     return [make_member(key, **of_all, **params) for key, params in enumerate(DIFFERING)]
 
 
-def make_cohort(*members, precision="fp32"):
-    cohort = Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
+def make_cohort(*members, precision="fp32", loss="softmax_cross_entropy", metric="mean_iou"):
+    cohort = Cohort(loss=loss, metric=metric, precision=precision, seed=0)
     for member in members:
         cohort.admit(member)
     return cohort
@@ -228,6 +237,71 @@ def test_members_of_different_shapes_and_image_sizes_share_a_cohort(layout):
         assert_as_alone(member, train_alone(expected), layout=layout)
 
 
+STUDIES = (
+    {"alpha": 4.0, "elastic_from": 0.0, "weight_decay": 1e-3},
+    {"alpha": 8.0, "elastic_from": 0.3, "sigma_border": 3.0},
+    {"alpha": 8.0, "elastic_from": 2.0, "sigma_elastic": 3.0, "learning_rate": 3e-3},  # never reached
+    {"alpha": 2.0, "elastic_from": 0.3, "weight_decay": 1e-2, "omega_0": 1.0},
+)
+
+
+def make_studied(n_epochs=N_EPOCHS, *, which=range(4), data=None):
+    """Members as a study after the compressed U-Net has them: everything that changes from epoch to epoch at once."""
+    members = []
+    for key in which:
+        given = dict(STUDIES[key])
+        elastic = {name: given.pop(name) for name in ("alpha", "elastic_from", "sigma_elastic") if name in given}
+        coefficients = {name: given.pop(name, usual) for name, usual in (("omega_0", 10.0), ("sigma_border", 5.0))}
+        augmentation = Augmentation(rotation=True, mirror_quarters=0.3, crop_size=(12, 12), **elastic)
+        settings = {"schedule": ((2, 0.5), (4, 0.1)), "steps_per_epoch": 3, "batch_size": 3, "tiles": 2}
+        settings |= {"augmentation": augmentation, "coefficients": coefficients, "supervision": False}
+        members.append(make_member(key, n_epochs=n_epochs, data=data, **settings, **given))
+    return members
+
+
+@functools.cache
+def studied_alone(which):
+    (member,) = make_studied(which=[which])
+    return train_alone(member, loss="border_cross_entropy")
+
+
+def test_members_whose_images_rates_and_weights_change_train_as_each_alone(layout):
+    members = make_studied()
+    reports = train(layout, *members, loss="border_cross_entropy")
+    for member in members:
+        assert [(report.epoch, report.error) for report in reports[member.key]] == [(n, None) for n in range(1, 6)]
+        assert_as_alone(member, studied_alone(member.key), layout=layout)
+    began = [next(e for e, s in enumerate(m.curve["best_score"], start=2) if s >= 0.3) for m in members[1::2]]
+    assert max(began) <= N_EPOCHS, "the test needs scores after which images are deformed"
+
+
+def test_a_curriculum_changes_nothing_before_it_begins_and_all_after_it():
+    never, plain = studied_alone(2), make_studied(which=[2])[0]
+    plain.augmentation = Augmentation(rotation=True, mirror_quarters=0.3, crop_size=(12, 12))
+    train_alone(plain, loss="border_cross_entropy")
+    assert plain.curve["train_loss"] == never.curve["train_loss"]
+    later, plain = studied_alone(1), make_studied(which=[1])[0]
+    plain.augmentation = never.augmentation
+    train_alone(plain, loss="border_cross_entropy")
+    begins = next(i for i, score in enumerate(later.curve["best_score"], start=1) if score >= 0.3)
+    assert plain.curve["train_loss"][:begins] == later.curve["train_loss"][:begins]
+    assert plain.curve["train_loss"][begins] != later.curve["train_loss"][begins]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_checkpoint_in_the_middle_of_all_that_goes_on_in_a_cohort_and_alone(layout, at):
+    members = make_studied(n_epochs=at)
+    train(layout, *members, loss="border_cross_entropy")
+    restored = make_studied()
+    for member, fresh in zip(members, restored, strict=True):
+        assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity={}), identity={})
+    train(layout, *restored[:2], loss="border_cross_entropy")
+    for fresh in restored[:2]:
+        assert_as_alone(fresh, studied_alone(fresh.key), layout=layout)
+    for fresh in restored[2:]:
+        assert_as_alone(train_alone(fresh, loss="border_cross_entropy"), studied_alone(fresh.key), layout=layout)
+
+
 def test_half_precision_in_threads_is_that_of_each_alone_bit_for_bit():
     members = make_members(n_epochs=2)  # in_turn: tests/test_training.py, stacked: tests/test_stacked.py
     train("threads", *members, precision="bf16")
@@ -240,12 +314,12 @@ def test_a_checkpoint_from_a_cohort_goes_on_alone_and_one_from_alone_goes_on_in_
     train(layout, *members)
     for member in members:
         fresh = make_member(member.key, **DIFFERING[member.key])
-        assert load_checkpoint(fresh, dump_checkpoint(member, identity={}), identity={})
+        assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity={}), identity={})
         assert_as_alone(train_alone(fresh), alone(member.key), layout=layout)
     begun = [train_alone(member) for member in make_members(n_epochs=2)]
     restored = make_members()
     for member, fresh in zip(begun, restored, strict=True):
-        assert load_checkpoint(fresh, dump_checkpoint(member, identity={}), identity={})
+        assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity={}), identity={})
     train(layout, *restored)
     for member in restored:
         assert_as_alone(member, alone(member.key), layout=layout)
@@ -535,6 +609,64 @@ def test_a_member_is_captured_once_and_its_graphs_go_with_it(monkeypatch):
     assert captured == [0, 1, 2]
 
 
+ON_CPU = [name for name, metric in METRICS.items() if not metric.on_device]
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+@pytest.mark.parametrize(("metric", "tiles"), [*((name, 1) for name in ON_CPU), ("v_rand", 2)])
+def test_a_metric_on_the_cpu_is_computed_outside_of_the_graph(monkeypatch, metric, tiles):
+    in_graph, was_in_graph = [], []
+
+    def marked(work, stream):
+        def mark_and_work():
+            in_graph.append(work)
+            work()
+            in_graph.pop()
+
+        return run_when_replayed(mark_and_work, stream)
+
+    def watched(pred, target, *, n_classes):
+        was_in_graph.append(bool(in_graph))
+        return Score(pred.double().mean(dim=(0, -2, -1)).ravel()[-1], torch.zeros(n_classes))  # differs in every epoch
+
+    monkeypatch.setattr(graphs_module, "capture", marked)
+    monkeypatch.setitem(METRICS, metric, METRICS[metric]._replace(function=watched))
+    member = make_member(tiles=tiles, **DIFFERING[3])
+    train("graphs", member, metric=metric)
+    assert was_in_graph == [False] * N_EPOCHS
+    expected = train_alone(make_member(tiles=tiles, **DIFFERING[3]), metric=metric)
+    assert_as_alone(member, expected, layout="graphs")
+    assert len(set(member.curve["score"])) > 2
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_a_metric_on_the_cpu_that_raises_ends_its_member_alone(monkeypatch):
+    members, error, n_scored = make_members(n_epochs=3), ZeroDivisionError("a bug in a metric"), []
+    score = METRICS["v_rand"].function
+
+    def fails_for_one(*args, **kwargs):
+        n_scored.append(1)
+        if len(n_scored) == len(members) + 3:  # the third member's second epoch
+            raise error
+        return score(*args, **kwargs)
+
+    monkeypatch.setitem(METRICS, "v_rand", METRICS["v_rand"]._replace(function=fails_for_one))
+    reports = train("graphs", *members, metric="v_rand")
+    assert [(report.epoch, report.error) for report in reports[2]] == [(1, None), (1, error)]
+    assert members[2].has_ended
+    for key in (0, 1, 3):
+        assert [(report.epoch, report.error) for report in reports[key]] == [(1, None), (2, None), (3, None)]
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_lack_of_memory_while_a_metric_on_the_cpu_reads_is_raised_for_all(monkeypatch):
+    members = make_members(n_epochs=1)
+    monkeypatch.setitem(METRICS, "seg", METRICS["seg"]._replace(function=raising(OUT_OF_MEMORY[0])))
+    with pytest.raises(torch.OutOfMemoryError):
+        train("graphs", *members, metric="seg")
+    assert not any(member.has_ended for member in members)
+
+
 # ---- With a GPU.
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -558,13 +690,41 @@ def test_members_side_by_side_on_the_gpu_train_as_each_alone(name, precision):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("metric", ON_CPU)
+def test_scores_computed_on_the_cpu_are_those_of_each_alone_on_the_gpu(metric):
+    device = "cuda:0"
+    make_repeatable(torch.device(device))
+    members, expected = (make_members(data=make_data(device=device), n_epochs=2) for _ in range(2))
+    train("graphs", *members, metric=metric)
+    for member, other in zip(members, expected, strict=True):
+        train_alone(other, metric=metric)
+        assert member.curve["score"] == pytest.approx(other.curve["score"], rel=0, abs=2e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if "cuda" in layout.devices])
+def test_images_rates_and_weights_that_change_from_epoch_to_epoch_are_followed_on_the_gpu(name):
+    device = "cuda:0"
+    make_repeatable(torch.device(device))
+    members, expected = (make_studied(data=make_data(device=device)) for _ in range(2))
+    reports = train(name, *members, loss="border_cross_entropy")
+    for member, other in zip(members, expected, strict=True):
+        assert [report.error for report in reports[member.key]] == [None] * N_EPOCHS
+        train_alone(other, loss="border_cross_entropy")
+        assert member.curve["train_loss"] == pytest.approx(other.curve["train_loss"], rel=0, abs=2e-2)
+        assert member.optimizer.param_groups[0]["lr"].item() == pytest.approx(0.1 * member.learning_rate)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_graphs_are_refilled_and_go_on_from_checkpoints_on_the_gpu():
     device = "cuda:0"
     make_repeatable(torch.device(device))
     data = make_data(device=device)
     begun = train_alone(make_member(0, data=data, n_epochs=2))
     fresh, expected = (make_member(0, data=data) for _ in range(2))
-    assert load_checkpoint(fresh, dump_checkpoint(begun, identity={}), identity={})
+    assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [begun]), identity={}), identity={})
     cohort = make_cohort(make_member(1, data=data, n_epochs=1), make_member(2, data=data, n_epochs=4))
     for report in LAYOUTS["graphs"].function(cohort):
         assert report.error is None

@@ -1,11 +1,14 @@
+import sys
+
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
 from torch.func import vmap
 
-from frem_search.metrics import METRICS
-from frem_search.metrics.iou import class_iou, confusion_matrix, mean_iou, mean_iou_score
+from frem_search.errors import UsageError
+from frem_search.metrics import METRICS, check_score
+from frem_search.metrics.iou import cell_iou, class_iou, confusion_matrix, mean_iou, mean_iou_score
 
 
 def labels(seed=0, *, k=4):
@@ -62,20 +65,116 @@ def test_label_outside_the_classes_is_not_counted_silently(label):
         confusion_matrix(torch.tensor([0]), torch.tensor([label]), n_classes=3)
 
 
+def cells(seed=0, *, k):
+    """Four cells between membranes in each of three images; from class 2 on, one of each is a cell of that class."""
+    rng = np.random.default_rng(seed)
+    target = np.ones((3, 48, 52), dtype=np.int64)
+    for image, (row, column) in zip(target, rng.integers(20, 28, size=(3, 2)), strict=True):
+        for label in range(2, k):
+            image[:row, :column][label * 4 : label * 4 + 3, 3:9] = label
+        image[row : row + 2] = image[:, column : column + 2] = 0
+    pred = np.where(rng.random(target.shape) < 0.6, target, rng.integers(k, size=target.shape))
+    return torch.from_numpy(pred), torch.from_numpy(target)
+
+
+def as_taken(metric, classes, *, k):
+    """The prediction of classes, each quite sure, in the form that a metric takes."""
+    if metric.takes == "classes":
+        return classes
+    return torch.nn.functional.one_hot(classes, k).movedim(-1, 1).float()
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_metric_is_one_for_the_truth_and_less_otherwise(name):
     metric = METRICS[name]
-    pred, target = labels()
+    k = metric.n_classes or 4
+    pred, target = cells(k=k)
 
     def score(classes):
-        if metric.takes == "probabilities":
-            classes = torch.nn.functional.one_hot(classes, 4).movedim(-1, 1).float()
-        return metric.function(classes, target, n_classes=4)
+        return metric.function(as_taken(metric, classes, k=k), target, n_classes=k)
 
     assert score(target).value == 1
-    assert score(pred).value < 1
-    assert score(pred).per_class.shape == (4,)
+    assert 0 <= score(pred).value < 1
+    assert score(pred).per_class.shape == (k,)
     assert score(pred).value.shape == ()
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_score_of_small_integers_is_that_of_large_ones(name):
+    metric = METRICS[name]
+    k = metric.n_classes or 4
+    pred, target = cells(k=k)
+    large = metric.function(as_taken(metric, pred, k=k), target, n_classes=k)
+    small = as_taken(metric, pred, k=k)
+    small = small.to(torch.uint8) if metric.takes == "classes" else small
+    assert metric.function(small, target.to(torch.uint8), n_classes=k).value == large.value
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "mean_iou"])
+def test_labels_without_a_cell_score_zero_and_not_nan(name):
+    metric, target = METRICS[name], torch.zeros((2, 9, 8), dtype=torch.int64)
+    for classes in (target, target + 1):
+        pred = as_taken(metric, classes, k=2)
+        assert metric.function(pred, target, n_classes=2).value == 0
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_prediction_that_is_all_one_class_has_a_score(name):
+    metric = METRICS[name]
+    k = metric.n_classes or 3
+    _, target = cells(k=k)
+    for label in range(k):
+        score = metric.function(as_taken(metric, torch.full_like(target, label), k=k), target, n_classes=k)
+        assert 0 <= score.value < 1
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.takes == "probabilities"])
+def test_probabilities_that_are_no_numbers_count_as_membrane(name):
+    _, target = cells(k=2)
+    score = METRICS[name].function
+    nan, membrane = torch.full((3, 2, 48, 52), torch.nan), as_taken(METRICS[name], torch.zeros_like(target), k=2)
+    assert score(nan, target, n_classes=2).value == score(membrane, target, n_classes=2).value
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_an_unfit_number_of_classes_is_told_before_training_and_by_the_metric(name):
+    metric = METRICS[name]
+    for k in (1, 3) if metric.n_classes == 2 else (1,):
+        message = f"score = '{name}': expected labels of .* classes, .* but got {k}\\. Choose another score"
+        with pytest.raises(UsageError, match=message):
+            check_score(name, n_classes=k)
+        if name != "mean_iou":
+            pred = as_taken(metric, torch.zeros((1, 4, 4), dtype=torch.int64), k=k)
+            with pytest.raises(UsageError, match=message):
+                metric.function(pred, torch.zeros((1, 4, 4), dtype=torch.int64), n_classes=k)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_fit_classes_pass_the_check(name):
+    for k in (2,) if METRICS[name].n_classes else (2, 3, 9):
+        check_score(name, n_classes=k)
+
+
+def test_a_missing_package_is_told_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bioimage_cpp", None)
+    with pytest.raises(UsageError, match=r'bioimage-cpp, but .* `pip install "frem-search\[multicut\]"'):
+        check_score("v_rand_multicut", n_classes=2)
+    check_score("v_rand", n_classes=2)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.on_device])
+def test_a_metric_on_the_device_reads_nothing_back(name):
+    metric = METRICS[name]
+    pred, target = (each.to("meta") for each in cells(k=3))  # tensors without content: reading one raises
+    assert metric.function(pred, target, n_classes=3).value.device.type == "meta"
+
+
+def test_cell_iou_is_that_of_class_one_of_all_images_together():
+    pred, target = labels()
+    score = cell_iou(pred, target, n_classes=4)
+    expected = sklearn.metrics.jaccard_score(target.ravel() == 1, pred.ravel() == 1)
+    assert score.value.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(score.per_class, mean_iou_score(pred, target, n_classes=4).per_class)
 
 
 def test_members_are_scored_as_each_alone():

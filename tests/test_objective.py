@@ -16,12 +16,17 @@ import torch
 
 from frem_search import __version__, objective, parameters
 from frem_search.artifacts import Artifacts
+from frem_search.data.augment import Augmentation
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
+from frem_search.evaluation import evaluate
+from frem_search.losses import LOSSES
+from frem_search.metrics import METRICS
 from frem_search.metrics.iou import mean_iou_score
 from frem_search.networks import build_network
 from frem_search.objective import Objective
 from frem_search.parameters import TrainingParams, check, first_image_size, split_params
+from frem_search.prediction import predict_image
 from frem_search.space import parse_space
 from frem_search.study_file import load_study_file
 from frem_search.training.weights import load_weights
@@ -120,6 +125,24 @@ def train(trained, number=0, params=PARAMS, *, until=None):
             "params.image_size: expected pixels, or [rows, columns], but got (32, 0)",
         ),
         ({"augmentation": "no"}, "params.augmentation: expected true or false, but got 'no'."),
+        ({"rotation": 1}, "params.rotation: expected true or false, but got 1."),
+        ({"eightfold": 8}, "params.eightfold: expected true or false, but got 8."),
+        ({"alpha": {"low": -1.0, "high": 5.0}}, "params.alpha: expected a finite number of at least 0, but got -1.0."),
+        ({"sigma_elastic": 0.0}, "params.sigma_elastic: expected pixels from 0.1 to 1000, but got 0.0."),
+        ({"elastic_from": 70}, "params.elastic_from: expected a score from 0 to 1, but got 70."),
+        ({"mirror_quarters": "0.1"}, "params.mirror_quarters: expected a share from 0 to 1, but got '0.1'."),
+        ({"crop_size": [32, 0]}, "params.crop_size: expected pixels, or [rows, columns], but got 0."),
+        ({"weight_decay": -1e-4}, "params.weight_decay: expected a finite number of at least 0, but got -0.0001."),
+        ({"patience": 0}, "params.patience: expected an integer of at least 1, but got 0."),
+        ({"steps_per_epoch": 2.5}, "params.steps_per_epoch: expected an integer of at least 1, but got 2.5."),
+        ({"tiles": [1, 0]}, "params.tiles: expected an integer of at least 1, but got 0."),
+        *(
+            (
+                {"schedule": {"value": schedule}},
+                "params.schedule: expected { value = [[epoch, factor], ...] } with rising epochs from 1 on and",
+            )
+            for schedule in (0.5, [1, 0.5], [[0, 0.5]], [[1, 0.0]], [[5, 0.5], [5, 0.1]], [[2, 0.5, 1]], [[1, "1"]])
+        ),
         ({"learning_rat": 1e-3}, "params.learning_rat: expected one of the parameters of unet, its loss and training:"),
     ],
 )
@@ -144,10 +167,97 @@ def test_a_wrong_parameter_is_told_before_anything_is_trained(with_params, chang
         {"supervision": [True, False]},
         {"learning_rate": 1, "augmentation": False},
         {"normalization": ["batch_norm", "batch_renorm"], "squeeze_excite": [True, False]},
+        {"alpha": {"low": 0.0, "high": 100.0}, "sigma_elastic": {"low": 1.0, "high": 10.0}, "elastic_from": [0.0, 0.7]},
+        {"schedule": {"value": [[1, 1.0], [21, 0.5], [101, 0.1]]}, "weight_decay": 1e-4, "patience": 10},
+        {"schedule": [[[1, 1.0]], [[1, 0.5], [2, 0.25]]], "steps_per_epoch": 6, "tiles": 2, "eightfold": True},
+        {"rotation": True, "mirror_quarters": 0.1, "crop_size": {"value": [16, 24]}},
     ],
 )
 def test_what_can_be_trained_passes(with_params, changes):
     check(with_params(**changes))
+
+
+LOSS_CASES = [
+    (
+        "feedback_cross_entropy",
+        {},
+        'lambda: expected a network with an auxiliary output (network = "feedback_unet"), but',
+    ),
+    ("feedback_cross_entropy", {"weight": 0.5}, "lambda: expected a network with an auxiliary output (network = "),
+    (
+        "feedback_cross_entropy",
+        {"weight": 1.5, "supervision": True},
+        "lambda: expected a weight from 0 to 1, but got 1.5",
+    ),
+    (
+        "border_cross_entropy",
+        {"weight": 0.5},
+        "lambda: expected one of the parameters of unet, its loss and training: ",
+    ),
+    ("border_cross_entropy", {"omega_0": -1.0}, "omega_0: expected a weight from 0 to 1000, but got -1.0."),
+    ("border_cross_entropy", {"sigma_border": 0}, "sigma_border: expected pixels from 0.1 to 1000, but got 0."),
+    ("smooth_l1", {"omega_0": 1.0}, "omega_0: expected one of the parameters of unet, its loss and training: "),
+]
+
+
+@pytest.mark.parametrize(("loss", "changes", "says"), LOSS_CASES)
+def test_a_wrong_coefficient_is_told_before_anything_is_trained(with_params, loss, changes, says):
+    file = replace(with_params(**changes), loss=loss)
+    with pytest.raises(StudyFileError) as raised:
+        check(file)
+    assert str(raised.value).startswith(f"{file.path}: params.{says}")
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("feedback_cross_entropy", {"supervision": True}),
+        ("feedback_cross_entropy", {"supervision": True, "weight": {"low": 0.0, "high": 1.0}}),
+        ("border_cross_entropy", {"omega_0": {"low": 0, "high": 50}, "sigma_border": {"low": 1.0, "high": 20.0}}),
+        ("weighted_cross_entropy", {}),
+        ("smooth_l1", {}),
+    ],
+)
+def test_coefficients_that_a_loss_takes_pass(with_params, loss, changes):
+    check(replace(with_params(**changes), loss=loss))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"image_size": {"value": [32, 48]}, "eightfold": True},
+            "eightfold: expected false, or a square image_size, for images of 32 x 48 pixels, but got True.",
+        ),
+        ({"tiles": [2, 3]}, "tiles: expected a divisor of height and width of images of 32 x 32 pixels, but got 3."),
+        ({"crop_size": 33}, "crop_size: expected at most the size of images of 32 x 32 pixels, but got 33."),
+        (
+            {"crop_size": {"value": [8, 20]}, "tiles": 2},
+            "crop_size: expected at most the size of images of 32 x 32 pixels cut into 2 x 2, but got (8, 20).",
+        ),
+        (
+            {"image_size": [32, 24], "crop_size": 32},
+            "crop_size: expected at most the size of images of 24 x 24 pixels,",
+        ),
+    ],
+)
+def test_images_that_cannot_be_cut_as_a_study_says_are_told_before_anything_is_trained(
+    make_objective, with_params, changes, says
+):
+    file = with_params(**changes)
+    check(file)
+    with pytest.raises(StudyFileError) as raised:
+        make_objective(file)
+    assert str(raised.value).startswith(f"{file.path}: params.{says}")
+
+
+def test_a_loss_or_score_of_two_classes_is_told_that_there_are_three(make_objective, study_file):
+    with pytest.raises(UsageError) as raised:
+        make_objective(replace(study_file, loss="smooth_l1"))
+    told = "tiny: expected images of 2 classes, as smooth_l1 needs them, but tiny has 3 (ground, disc, square). Choose"
+    assert str(raised.value).startswith(told)
+    with pytest.raises(UsageError, match="v_rand"):
+        make_objective(replace(study_file, score="v_rand"))
 
 
 def test_the_edges_of_every_parameter_are_checked_however_many_there_are(with_params):
@@ -162,8 +272,8 @@ def test_the_edges_of_every_parameter_are_checked_however_many_there_are(with_pa
     [
         ("network", "unte", "network: Unknown network 'unte'. Did you mean 'unet'? Known: unet"),
         ("network", "xyz", "network: Unknown network 'xyz'. Known: unet"),
-        ("loss", "dice", "loss: expected one of softmax_cross_entropy, but got 'dice'."),
-        ("score", "miou", "score: expected one of mean_iou, but got 'miou'."),
+        ("loss", "dice", f"loss: expected one of {', '.join(LOSSES)}, but got 'dice'."),
+        ("score", "miou", f"score: expected one of {', '.join(METRICS)}, but got 'miou'."),
     ],
 )
 def test_an_unknown_name_is_told_with_what_is_known(study_file, key, value, says):
@@ -204,10 +314,72 @@ def test_an_unknown_parameter_is_told_with_all_that_are_known(study_file):
         split_params(study_file, {"lr": 1})
 
 
+def test_a_study_with_everything_reaches_its_members(make_objective, with_params, study_file):
+    given = {
+        "augmentation": False, "rotation": True, "alpha": 50.0, "sigma_elastic": 3.0, "elastic_from": 0.7,
+        "mirror_quarters": 0.1, "crop_size": 8, "weight_decay": 1e-4, "schedule": [[1, 1.0], [21, 0.5]], "patience": 9,
+        "steps_per_epoch": 6, "tiles": 2, "eightfold": True,
+    }  # fmt: skip
+    trained = make_objective(replace(study_file, loss="border_cross_entropy"))
+    member = trained.build_member(0, PARAMS | given, fold=0)
+    assert member.augmentation == Augmentation(
+        turns=False,
+        rotation=True,
+        alpha=50.0,
+        sigma_elastic=3.0,
+        elastic_from=0.7,
+        mirror_quarters=0.1,
+        crop_size=(8, 8),
+    )
+    assert (member.weight_decay, member.schedule, member.patience) == (1e-4, ((1, 1.0), (21, 0.5)), 9)
+    assert (member.steps_per_epoch, member.tiles, member.n_epochs) == (6, 2, study_file.n_epochs)
+    assert (len(member.data.train), len(member.data.val)) == (8 * 8 * 4, 2 * 8)
+    assert member.data.train.border.shape == (8 * 8 * 4, 16, 16)
+    assert member.coefficients == {"omega_0": 10.0, "sigma_border": 5.0}
+    plain = trained.build_member(1, PARAMS, fold=0)
+    assert plain.augmentation == Augmentation()
+    assert (len(plain.data.train), plain.data.train.labels.shape[1:]) == (8, (32, 32))
+    assert plain.data is not member.data
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [
+        ("weighted_cross_entropy", {}),
+        ("feedback_cross_entropy", {"supervision": True}),
+        ("border_cross_entropy", {"learning_rate": 1e-2}),
+    ],
+)
+def test_trials_train_with_every_loss(make_objective, study_file, loss, given):
+    trained = make_objective(replace(study_file, loss=loss))
+    trained.admit(0, PARAMS | given)
+    reports = list(trained.epochs())
+    assert [(report.error, report.is_finite) for report in reports] == [(None, True)] * study_file.n_epochs
+    assert reports[-1].train_loss < reports[0].train_loss
+
+
+def test_a_network_trained_in_regions_of_turned_images_is_scored_so_from_its_weights(
+    make_objective, study_file, tmp_path
+):
+    params = PARAMS | {"tiles": 2, "eightfold": True, "learning_rate": 1e-2}
+    trained = make_objective()
+    train(trained, params=params)
+    outcome = trained.finish(0)
+    assert trained.provenance(0)["images"] == study_file.n_epochs * 8 * 8 * 4
+    weights = load_weights((tmp_path / "artifacts/study/0/weights.pt").read_bytes(), where="w")
+    assert (weights.tiles, weights.is_eightfold) == (2, True)
+    scored = evaluate(weights, dataset=study_file.dataset, device="cpu")
+    assert (scored.n_images, scored.value) == (16, outcome.result["test"]["mean_iou"])
+    with np.load(tmp_path / "artifacts/study/0/predictions.npz") as stored:
+        images = trained.trial(0).members[0].data.test.images
+        for image, pred in zip(images.numpy()[:2], stored["pred"][:2], strict=True):
+            np.testing.assert_array_equal(predict_image(weights.build(CPU), image, weights=weights), pred)
+
+
 def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_path):
     trained = make_objective()
     train(trained, 7)
-    member = trained.member(7)
+    member = trained.trial(7).members[0]
     outcome = trained.finish(7)
     folder = tmp_path / "artifacts" / "study" / "7"
     assert sorted(path.name for path in folder.iterdir()) == [*LEFT, "weights.pt"]
@@ -231,7 +403,7 @@ def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, s
     monkeypatch.setattr(objective, "predict", watched)
     trained = make_objective(replace(study_file, n_epochs=20))
     train(trained, params=PARAMS | {"learning_rate": 1e-2})
-    member = trained.member(0)
+    member = trained.trial(0).members[0]
     best = {name: value.clone() for name, value in member.best_weights.items()}
     with torch.no_grad():
         member.network.head.weight.zero_()  # the last epoch's weights are not to be looked at
@@ -279,6 +451,25 @@ def test_without_test_images_there_are_no_predictions(make_objective, tmp_path):
     assert (folder / "predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_extra_scores_are_told_of_validation_and_test_images(make_objective, study_file):
+    trained = make_objective(replace(study_file, extra_scores=("cell_iou", "seg")))
+    train(trained)
+    result = trained.finish(0).result
+    member = trained.trial(0).members[0]
+    for part in ("val", "test"):
+        images = getattr(member.data, part)
+        pred = member.network.eval()(images.images).logits.argmax(dim=1).to(torch.uint8)
+        for name in ("cell_iou", "seg"):
+            expected = METRICS[name].function(pred, images.labels, n_classes=3).value.item()
+            assert result["extra"][name][part] == pytest.approx(expected)
+    assert result["extra"]["cell_iou"]["val"] == pytest.approx(result["val"]["per_class"]["disc"])
+
+
+def test_an_extra_score_that_there_is_not_is_told_before_training(study_file):
+    with pytest.raises(StudyFileError, match="extra_scores: expected one of mean_iou, .*, but got 'dice'"):
+        check(replace(study_file, extra_scores=("seg", "dice")))
+
+
 def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
     straight = make_objective(uid="straight", artifacts="memory://straight")
     train(straight)
@@ -287,8 +478,8 @@ def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
     first.save_checkpoint(0)
     second = make_objective()
     train(second)
-    assert second.member(0).curve["epoch"] == [1, 2, 3]
-    assert second.member(0).curve["score"] == straight.member(0).curve["score"]
+    assert second.trial(0).curve["epoch"] == [1, 2, 3]
+    assert second.trial(0).curve["score"] == straight.trial(0).curve["score"]
     assert second.finish(0) == straight.finish(0)
 
 
@@ -379,10 +570,10 @@ def test_trials_side_by_side_are_what_they_are_alone_and_say_how_they_were_train
         assert provenance["peak_memory_mb_per_member"] == pytest.approx(provenance["peak_memory_mb"] / 2, abs=1)
         alone = make_objective(uid="alone")
         train(alone, number, each)
-        losses = alone.member(number).curve["train_loss"]
+        losses = alone.trial(number).curve["train_loss"]
         # What rounding comes to in a stack: tests/test_layouts.py.
         tolerance = 2e-3 if layout == "stacked" else 0
-        assert trained.member(number).curve["train_loss"] == pytest.approx(losses, rel=0, abs=tolerance)
+        assert trained.trial(number).curve["train_loss"] == pytest.approx(losses, rel=0, abs=tolerance)
 
 
 def test_threads_take_one_core_each(make_objective):
@@ -400,7 +591,8 @@ def test_threads_take_one_core_each(make_objective):
 
 def test_trials_of_one_image_size_share_one_copy_of_the_images(make_objective, with_params):
     trained = make_objective(with_params(image_size=[16, 32]), cohort=4)
-    members = [trained.admit(n, PARAMS | {"image_size": size}) for n, size in enumerate((16, 32, 16, 32))]
+    trials = [trained.admit(n, PARAMS | {"image_size": size}) for n, size in enumerate((16, 32, 16, 32))]
+    members = [trial.members[0] for trial in trials]
     assert members[0].data is members[2].data
     assert members[1].data is members[3].data
     assert members[0].data is not members[1].data
@@ -410,7 +602,7 @@ def test_trials_of_one_image_size_share_one_copy_of_the_images(make_objective, w
 def test_a_trial_whose_network_raises_is_told_in_its_report(make_objective):
     trained = make_objective()
     broken, _ = (trained.admit(number, PARAMS) for number in (0, 1))
-    broken.network.head.forward = raise_code_error
+    broken.members[0].network.head.forward = raise_code_error
     reports = list(trained.epochs())
     assert [(report.key, type(report.error)) for report in reports if report.error] == [(0, ZeroDivisionError)]
     assert [report.epoch for report in reports if report.key == 1] == [1, 2, 3]
@@ -425,7 +617,7 @@ def test_trials_of_different_image_sizes_share_an_objective(make_objective, with
     trained = make_objective(with_params(image_size=[[16, 24], [32, 32]]))
     for number, size in enumerate(([16, 24], [32, 32], [16, 24])):
         train(trained, number, PARAMS | {"image_size": size})
-        assert trained.member(number).epoch == 3
+        assert trained.trial(number).epoch == 3
         trained.finish(number)
         trained.release(number)
 
@@ -458,7 +650,7 @@ def test_a_released_trial_is_trained_no_further(make_objective):
     trained.release(0)
     assert list(trained.epochs()) == []
     with pytest.raises(KeyError):
-        trained.member(0)
+        trained.trial(0)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +664,9 @@ def test_a_released_trial_is_trained_no_further(make_objective):
         ({"batch_size": {"low": 2, "high": 4}}, True),
         ({"image_size": [16, 32]}, True),
         ({"supervision": [True, False]}, True),
+        ({"crop_size": [16, 24]}, True),
+        ({"tiles": [1, 2]}, True),
+        ({"alpha": {"low": 0.0, "high": 10.0}, "elastic_from": [0.0, 0.5], "weight_decay": [0.0, 1e-4]}, False),
     ],
 )
 def test_a_study_knows_whether_one_trial_may_need_more_memory(make_objective, with_params, changes, expected):

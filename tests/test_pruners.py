@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import optuna
 import pytest
-from optuna.pruners import MedianPruner, NopPruner
+from optuna.pruners import MedianPruner, NopPruner, WilcoxonPruner
 from optuna.trial import TrialState, create_trial
 
 from frem_search.pruners import SuccessiveHalving, make_pruner, value_at
@@ -55,7 +55,7 @@ def _quiet():
 
 def test_the_study_file_knows_the_pruners_and_their_settings():
     made = {name: type(make_pruner(name, settings)) for name, settings in PRUNERS.items()}
-    assert made == {"none": NopPruner, "median": MedianPruner, "asha": SuccessiveHalving}
+    assert made == {"none": NopPruner, "median": MedianPruner, "asha": SuccessiveHalving, "wilcoxon": WilcoxonPruner}
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,22 @@ def test_a_decision_follows_from_the_stored_reports_alone(name, settings):
     assert [first.prune(study, study.trials[-1]) for _ in range(3)] == [decided] * 3
     assert make_pruner(name, settings).prune(study, study.trials[-1]) == decided
     assert study.trials[-1] == before  # nothing is kept in attributes
+
+
+IMAGES = [0.5, 0.8, 0.3, 0.9, 0.6, 0.7, 0.4, 0.75]  # scores of validation images, which differ far more than trials do
+
+
+@pytest.mark.parametrize(
+    ("gaps", "is_pruned"),
+    [
+        ([-0.02] * 8, True),
+        ([0.02] * 8, False),
+        ([0.02, -0.02] * 4, False),
+        ([-0.02] * 4, False),  # not yet enough images
+    ],
+)
+def test_wilcoxon_compares_image_by_image_with_the_best_trial(gaps, is_pruned):
+    pruner = make_pruner("wilcoxon", {"n_startup_images": 5})
+    study = make_study(dict(enumerate(IMAGES, 1)))
+    reports = {i: score + gap for i, (score, gap) in enumerate(zip(IMAGES, gaps, strict=False), 1)}
+    assert decide(pruner, study, reports) is is_pruned

@@ -215,3 +215,22 @@ def test_an_enqueued_value_leaves_the_others_to_the_sampler():
     study.enqueue_trial({"B": 300})
     trial = study.ask(fixed_distributions=SPACE)
     assert trial.params == free.trials[0].params | {"B": 300}
+
+
+GRID = {"gamma": CategoricalDistribution([1.0, 2.0, 3.0]), "maps": CategoricalDistribution(["first", "last"])}
+
+
+def test_a_grid_tries_every_combination_once_before_it_begins_again():
+    study = make_study("grid", space=GRID, seed=3)
+    tried = [tuple(study.ask(fixed_distributions=GRID).params.values()) for _ in range(9)]
+    assert len(set(tried[:6])) == 6
+    assert tried[6:] == tried[:3]
+
+
+def test_a_grid_leaves_no_combination_out_when_workers_share_it():
+    storage = optuna.storages.InMemoryStorage()
+    first = make_study("grid", space=GRID, storage=storage)
+    sampler = make_sampler("grid", space=GRID, seed=0, n_startup_trials=5)
+    second = optuna.load_study(study_name=first.study_name, storage=storage, sampler=sampler)
+    tried = [tuple(study.ask(fixed_distributions=GRID).params.values()) for study in (first, second) * 3]
+    assert len(set(tried)) == 6

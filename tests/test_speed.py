@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from frem_search import speed as speed_module
 from frem_search.data.dataset import load_dataset
 from frem_search.networks.unet import UNet
+from frem_search.space import Fixed
 from frem_search.speed import Arrangement, Speed, Trainee, best, measure
 from frem_search.study_file import load_study_file
 
@@ -33,6 +35,20 @@ def test_every_arrangement_has_a_speed(trainee, arrangement):
     assert (speed.error, speed.arrangement) == ("", arrangement)
     assert speed.images_per_s > 0
     assert torch.get_num_threads() == n_threads
+
+
+def test_a_trial_that_would_come_to_its_end_trains_on_while_it_is_timed(trainee, monkeypatch):
+    trained, take = [], speed_module._take
+
+    def counted(reports, n):
+        return take((trained.append(report) or report for report in reports), n)
+
+    monkeypatch.setattr(speed_module, "_take", counted)
+    space = trainee.study_file.space | {"patience": Fixed(1), "learning_rate": Fixed(1e-9)}
+    impatient = replace(trainee, study_file=replace(trainee.study_file, space=space))
+    assert measure(impatient, Arrangement(), seconds=0.3).error == ""
+    assert len(trained) > 4
+    assert not any(report.is_done for report in trained)
 
 
 def test_what_cannot_be_trained_has_no_speed_and_says_why(trainee, monkeypatch):

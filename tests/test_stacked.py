@@ -11,19 +11,22 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frem_search.data.batches import epoch_batches
+from frem_search.data.augment import Augmentation
 from frem_search.losses import LOSSES
-from frem_search.networks import build_network, redraw
-from frem_search.training import stacked as stacked_module
+from frem_search.networks import build_network
+from frem_search.training import prepare as prepare_module
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
+from frem_search.training.folds import Folds
 from frem_search.training.member import Member
+from frem_search.training.prepare import EpochPlan, prepare_epoch
 from frem_search.training.resident import Part, ResidentData
 from frem_search.training.stacked import stack_key, train_stacked
 from frem_search.training.stacked_adam import StackedAdam, stack
 from frem_search.training.stacked_kernels import SideBySide
 
 NORMALIZATIONS = ["batch_norm", "batch_renorm"]
+SETTINGS = ("augmentation", "weight_decay", "schedule", "steps_per_epoch")  # of a member
 BATCH, N_IMAGES = 4, 8  # two steps an epoch
 DIFFERING = [
     {},
@@ -58,7 +61,8 @@ def make_data(*, device="cpu", dtype=torch.float32, n=N_IMAGES, size=16):
 
 def make_member(key=0, *, normalization="batch_norm", steps=0, data=None, **params):
     rate, weight = params.pop("learning_rate", 1e-2), params.pop("weight", 0.3)
-    has_augmentation, batch_size = params.pop("has_augmentation", True), params.pop("batch_size", BATCH)
+    batch_size = params.pop("batch_size", BATCH)
+    settings = {name: params.pop(name) for name in SETTINGS if name in params}
     wanted = {"base_channels": 4, "depth": 1, "B": 4, "X": 100.0, "supervision": True} | params
     wanted["normalization"] = normalization
     data = data or make_data()
@@ -68,7 +72,7 @@ def make_member(key=0, *, normalization="batch_norm", steps=0, data=None, **para
         for name, buffer in network.named_buffers():
             if name.endswith("num_batches_tracked"):
                 buffer.fill_(steps)
-    return Member(key, network, data, {"lambda": weight}, rate, batch_size, 10_000, has_augmentation)
+    return Member(key, network, data, {"lambda": weight}, rate, batch_size, 10_000, **settings)
 
 
 def make_members(normalization="batch_norm", differing=DIFFERING, **of_all):
@@ -83,19 +87,21 @@ def train_side_by_side(members, *, n_epochs=1, precision="fp32"):
     """Return mean losses [epoch, member] and the feature magnitudes of each epoch."""
     losses, features = [], []
     for _ in range(n_epochs):
-        batches = []
+        epoch = make_cohort().begin_epoch_stacked(members)
+        loss, magnitudes = train_stacked(members, epoch, loss=LOSS, precision=precision)
         for member in members:
             member.epoch += 1
-            redraw(member.network, seed=0, fold=0, epoch=member.epoch)
-            batches.append(epoch_batches(N_IMAGES, member.batch_size, seed=0, fold=0, epoch=member.epoch))
-        loss, magnitudes = train_stacked(members, batches, loss=LOSS, precision=precision)
         losses.append(loss)
         features.append(magnitudes)
     return torch.stack(losses), features
 
 
+def make_cohort(precision="fp32"):
+    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0)
+
+
 def train_alone(members, *, n_epochs=1, precision="fp32"):
-    cohort = Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0, fold=0)
+    cohort = make_cohort(precision)
     for member in members:
         for _ in range(n_epochs):
             assert cohort.train_epoch(member).error is None
@@ -196,9 +202,9 @@ def test_an_epoch_that_fails_leaves_the_members_as_they_were():
             raise torch.OutOfMemoryError
         return LOSS.function(*args)
 
-    batches = [epoch_batches(N_IMAGES, BATCH, seed=0, fold=0, epoch=3)] * 4
+    epoch = prepare_epoch(EpochPlan(make_data(), 0, 3, BATCH, None, Augmentation()), seed=0)
     with pytest.raises(torch.OutOfMemoryError):
-        train_stacked(members, batches, loss=LOSS._replace(function=fails), precision="fp32")
+        train_stacked(members, epoch, loss=LOSS._replace(function=fails), precision="fp32")
     for member, (network, optimizer) in zip(members, before, strict=True):
         assert all(torch.equal(value, network[name]) for name, value in member.network.state_dict().items())
         after = member.optimizer.state_dict()["state"]
@@ -210,24 +216,25 @@ def test_an_epoch_that_fails_leaves_the_members_as_they_were():
 def test_a_checkpoint_of_a_stacked_member_is_one_of_a_plain_member():
     members = make_members()
     train_side_by_side(members)
-    stored = dump_checkpoint(members[1], identity={})
+    stored = dump_checkpoint(Folds(0, [members[1]]), identity={})
     train_alone([plain := make_member(1, B=8, learning_rate=3e-3)])
     # A slice of the stack would be stored with all of the stack; the plain one holds a curve and best weights too.
-    assert len(stored) < len(dump_checkpoint(plain, identity={}))
+    assert len(stored) < len(dump_checkpoint(Folds(0, [plain]), identity={}))
     fresh = make_member(1, B=8, learning_rate=3e-3)
-    assert load_checkpoint(fresh, stored, identity={})
+    assert load_checkpoint(Folds(0, [fresh]), stored, identity={})
     assert_close_states(fresh, members[1], tolerance=0)
 
 
 def watch_augmentation(monkeypatch):
     seen = []
-    turn = stacked_module.turn_and_flip
+    turn = prepare_module.turn_and_flip
 
-    def watched(image, target, flags):
-        seen.append(len(image))
-        return turn(image, target, flags)
+    def watched(x, flags):
+        if x.is_floating_point():
+            seen.append(len(x))
+        return turn(x, flags)
 
-    monkeypatch.setattr(stacked_module, "turn_and_flip", watched)
+    monkeypatch.setattr(prepare_module, "turn_and_flip", watched)
     return seen
 
 
@@ -235,14 +242,15 @@ def test_equal_batches_are_turned_once_for_all_members(monkeypatch):
     seen = watch_augmentation(monkeypatch)
     members = make_members()
     train_side_by_side(members)
-    assert seen == [BATCH, BATCH]
+    assert seen == [N_IMAGES]
     members[2].epoch = 7
     train_side_by_side(members)
-    assert seen[2:] == [4 * BATCH, 4 * BATCH]
+    assert seen[1:] == [N_IMAGES, N_IMAGES], "three members share an epoch"
 
 
 def test_members_without_augmentation_may_be_among_those_with_it(monkeypatch):
-    differing = [{"has_augmentation": False}, {}, {"has_augmentation": False}]
+    plain = {"augmentation": Augmentation(turns=False)}
+    differing = [plain, {}, plain]
     members, alone = (make_members(differing=differing) for _ in range(2))
     losses, _ = train_side_by_side(members)
     torch.testing.assert_close(losses, train_alone(alone), rtol=0, atol=1e-6)
@@ -262,7 +270,10 @@ def test_one_member_is_a_stack_too():
 @pytest.mark.parametrize(
     ("params", "is_equal"),
     [
-        ({"B": 2, "X": 3.0, "learning_rate": 1.0, "weight": 0.9, "has_augmentation": False, "fixed_maps": True}, True),
+        ({"B": 2, "X": 3.0, "learning_rate": 1.0, "weight": 0.9, "fixed_maps": True}, True),
+        ({"augmentation": Augmentation(turns=False, alpha=3.0), "weight_decay": 0.1, "schedule": [(2, 0.5)]}, True),
+        ({"augmentation": Augmentation(crop_size=(8, 8))}, False),
+        ({"steps_per_epoch": 1}, False),
         ({"batch_size": 3}, False),
         ({"base_channels": 8}, False),
         ({"supervision": False}, False),
@@ -286,8 +297,16 @@ def step_alone(member, grads):
 
 def test_adam_steps_as_each_members_own_optimizer_bit_for_bit():
     rng = torch.Generator().manual_seed(0)
-    differing = [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
+    differing = [
+        {"learning_rate": 1e-2},
+        {"learning_rate": 1e-3},
+        {"learning_rate": 1e-2},
+        {"learning_rate": 1e-2, "weight_decay": 0.3},
+        {"learning_rate": 4e-2, "schedule": [(1, 0.25)]},
+    ]
     members, alone = make_members(differing=differing), make_members(differing=differing)
+    for member in (*members, *alone):
+        member.set_learning_rate()
     for _ in range(3):
         grads = draw_grads(members[1].network.parameters(), rng)
         step_alone(members[1], grads)

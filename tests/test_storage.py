@@ -136,6 +136,7 @@ def test_isolation_and_clock_do_not_depend_on_the_role_or_on_pgtz(storage_url, p
 OPEN = """
 import sys
 from frem_search.storage import open_storage
+print("ready", flush=True)
 sys.stdin.readline()
 with open_storage(sys.argv[1]) as storage:
     from optuna import get_all_study_names
@@ -150,13 +151,18 @@ def test_eight_processes_at_once_open_an_empty_database(empty_database_url):
         subprocess.Popen(
             [sys.executable, "-c", OPEN, empty_database_url],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
         for _ in range(8)
     ]
-    ended = [process.communicate("\n", timeout=60) for process in started]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 8
+    for process in started:  # communicate() would wait for each before the next one begins
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ended = [process.communicate(timeout=60) for process in started]
     assert [process.returncode for process in started] == [0] * 8, ended
 
 

@@ -20,7 +20,7 @@ GOOD = {
     "budget": {"n_trials": 3, "n_epochs": 4},
     "params": {"base_channels": 4, "B": {"low": 0, "high": 16}},
 }
-TOP = "title, dataset, network, loss, score, fold, precision, budget, params, sampler, pruner"
+TOP = "title, dataset, network, loss, score, extra_scores, fold, folds, precision, budget, params, sampler, pruner"
 
 
 def inline(value):
@@ -136,6 +136,24 @@ def test_an_unknown_key_is_told_at_every_level(fails, key, value, says):
     assert says in fails(changed(key, value))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"folds": 5}, "folds: expected a table, but got 5. Write it as [folds]."),
+        ({"folds": {}}, "folds.n: expected an integer of at least 2, but got nothing."),
+        ({"folds": {"n": 1}}, "folds.n: expected an integer of at least 2, but got 1."),
+        ({"folds": {"k": 5}}, "folds.k: unknown key. Known here: n."),
+        ({"folds": {"n": 5}, "fold": 1}, "folds: expected either fold, to train one, or [folds], to train all, but"),
+        ({"pruner": {"name": "wilcoxon"}}, "pruner.name: wilcoxon compares folds, but there is one only."),
+        ({"extra_scores": "seg"}, "extra_scores: expected a list of texts, but got 'seg'."),
+        ({"extra_scores": [1]}, "extra_scores: expected a list of texts, but got [1]."),
+        ({"sampler": {"name": "grid"}}, "params.B: expected a choice, as grid tries them all, but got a range."),
+    ],
+)
+def test_folds_scores_and_grids_that_cannot_be_are_told(fails, changes, says):
+    assert fails(GOOD | changes).startswith(says)
+
+
 @pytest.mark.parametrize("key", ["dataset", "network", "budget", "budget.n_trials", "budget.n_epochs"])
 def test_a_missing_key_is_told(fails, key):
     told = fails(changed(key, None))
@@ -181,8 +199,8 @@ def test_a_table_must_be_a_table(fails, key, value):
     ("key", "value", "says"),
     [
         ("precision", "fp16", "precision: expected one of auto, fp32, bf16, but got 'fp16'."),
-        ("sampler.name", "TPE", "sampler.name: expected one of tpe, random, gp, qmc, but got 'TPE'."),
-        ("pruner.name", "hyperband", "pruner.name: expected one of none, median, asha, but got 'hyperband'."),
+        ("sampler.name", "TPE", "sampler.name: expected one of tpe, random, gp, qmc, grid, but got 'TPE'."),
+        ("pruner.name", "hyperband", "pruner.name: expected one of none, median, asha, wilcoxon, but got 'hyperband'."),
         ("params.B", {"low": 2, "high": 1}, "params.B: low must be below high, but got 2 and 1. Swap them"),
         ("params.B", [], "params.B: a choice needs at least one value, but got []."),
         ("params.X", {"low": 0.0, "high": 1.0, "log": True}, "params.X: a logarithmic range must begin above 0"),

@@ -2,30 +2,38 @@
 
 import copy
 import io
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frem_search.data.augment import Augmentation, turn_and_flip
+from frem_search.data.batches import epoch_batches
+from frem_search.data.borders import border_distances
 from frem_search.data.dataset import Dataset
 from frem_search.data.folds import Split
 from frem_search.errors import DatasetError, DeviceError
 from frem_search.networks import build_network, enhancement
 from frem_search.training import cohort as cohort_module
 from frem_search.training import device as device_module
-from frem_search.training import epoch as epoch_module
+from frem_search.training import prepare as prepare_module
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
 from frem_search.training.device import best_precision, find_device, make_repeatable
 from frem_search.training.evaluate import EVAL_BATCH, predict, score_images
+from frem_search.training.folds import Folds
 from frem_search.training.layouts import in_turn
 from frem_search.training.member import CURVE_COLUMNS, Member
+from frem_search.training.prepare import EpochPlan, prepare_epoch
 from frem_search.training.resident import load_resident
 
 CPU = torch.device("cpu")
 IDENTITY = {"study": "s", "number": 0}
+SETTINGS = ("augmentation", "weight_decay", "schedule", "patience", "steps_per_epoch", "tiles")  # of a member
 PRECISIONS = ["fp32", "bf16"]  # PyTorch computes bf16 on every CPU, only slower than fp32 on some
 
 
@@ -52,12 +60,12 @@ def make_dataset(*, n_train=6, n_val=2, n_test=2, size=(16, 16), channels=1):
 
 
 def make_cohort(*, precision="fp32", seed=0):
-    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=seed, fold=0)
+    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=seed)
 
 
 def make_member(key=0, *, n_epochs=4, seed=0, channels=1, dataset=None, device=CPU, **params):
     rate, batch_size = params.pop("learning_rate", 1e-2), params.pop("batch_size", 4)
-    has_augmentation = params.pop("has_augmentation", True)
+    settings = {name: params.pop(name) for name in SETTINGS if name in params}
     coefficients = {"lambda": params.pop("weight", 0.3)}
     wanted = {"base_channels": 4, "depth": 2, "B": 4, "X": 100.0} | params
     network = build_network("unet", in_channels=channels, n_classes=2, seed=seed, params=wanted).to(device)
@@ -69,7 +77,7 @@ def make_member(key=0, *, n_epochs=4, seed=0, channels=1, dataset=None, device=C
         learning_rate=rate,
         batch_size=batch_size,
         n_epochs=n_epochs,
-        has_augmentation=has_augmentation,
+        **settings,
     )
 
 
@@ -181,10 +189,10 @@ def test_a_restored_checkpoint_goes_on_bit_for_bit(precision, at):
     cohort.admit(broken)
     for report in in_turn(cohort):
         if report.epoch == at:
-            stored = dump_checkpoint(broken, identity=IDENTITY)
+            stored = dump_checkpoint(Folds(0, [broken]), identity=IDENTITY)
             break
     fresh = make_member()
-    assert load_checkpoint(fresh, stored, identity=dict(IDENTITY))
+    assert load_checkpoint(Folds(0, [fresh]), stored, identity=dict(IDENTITY))
     assert fresh.epoch == at
     reports = train(fresh, make_cohort(precision=precision))
     assert [report.epoch for report in reports] == list(range(at + 1, 5))
@@ -196,11 +204,11 @@ def test_what_is_stored_does_not_change_while_the_member_trains_on():
     cohort.admit(member)
     reports = in_turn(cohort)
     next(reports)
-    stored = dump_checkpoint(member, identity=IDENTITY)
+    stored = dump_checkpoint(Folds(0, [member]), identity=IDENTITY)
     then = copy.deepcopy(member.network.state_dict())
     next(reports)
     fresh = make_member()
-    assert load_checkpoint(fresh, stored, identity=IDENTITY)
+    assert load_checkpoint(Folds(0, [fresh]), stored, identity=IDENTITY)
     assert_same_weights(fresh.network.state_dict(), then)
     assert fresh.curve["epoch"] == [1]
 
@@ -224,7 +232,7 @@ def packed(content):
 def stored():
     member = make_member(n_epochs=1)
     train(member)
-    return dump_checkpoint(member, identity=IDENTITY)
+    return dump_checkpoint(Folds(0, [member]), identity=IDENTITY)
 
 
 def flipped(content, at):
@@ -248,7 +256,7 @@ def flipped(content, at):
 def test_a_torn_or_foreign_checkpoint_leaves_the_member_as_it_was(stored, spoil):
     member = make_member()
     before = untouched(member)
-    assert not load_checkpoint(member, spoil(stored), identity=IDENTITY)
+    assert not load_checkpoint(Folds(0, [member]), spoil(stored), identity=IDENTITY)
     after = untouched(member)
     assert_same_weights(before[0], after[0])
     assert before[1]["state"] == after[1]["state"] == {}
@@ -269,14 +277,14 @@ def test_a_torn_or_foreign_checkpoint_leaves_the_member_as_it_was(stored, spoil)
 def test_a_checkpoint_of_another_trial_or_shape_is_not_used(stored, identity, params):
     member = make_member(**params)
     before = copy.deepcopy(member.network.state_dict())
-    assert not load_checkpoint(member, stored, identity=identity)
+    assert not load_checkpoint(Folds(0, [member]), stored, identity=identity)
     assert_same_weights(before, member.network.state_dict())
     assert (member.epoch, member.curve["epoch"]) == (0, [])
 
 
 def test_the_stored_checkpoint_itself_can_be_used(stored):
     member = make_member()
-    assert load_checkpoint(member, stored, identity=IDENTITY)
+    assert load_checkpoint(Folds(0, [member]), stored, identity=IDENTITY)
     assert member.epoch == 1
 
 
@@ -415,14 +423,14 @@ def test_the_enhanced_maps_change_with_the_epoch_unless_they_are_fixed():
 
 def watch_batches(monkeypatch):
     seen = []
-    drawn = cohort_module.epoch_batches
+    drawn = prepare_module.epoch_batches
 
     def watched(*args, **kwargs):
         batches = drawn(*args, **kwargs)
         seen.append(batches)
         return batches
 
-    monkeypatch.setattr(cohort_module, "epoch_batches", watched)
+    monkeypatch.setattr(prepare_module, "epoch_batches", watched)
     return seen
 
 
@@ -474,19 +482,204 @@ def test_training_learns_a_task_that_can_be_learned(B):
 
 def test_augmentation_can_be_left_out(monkeypatch):
     turned = []
-    turn = epoch_module.turn_and_flip
+    turn = prepare_module.turn_and_flip
 
-    def watched(image, target, flags):
+    def watched(x, flags):
         turned.append(flags)
-        return turn(image, target, flags)
+        return turn(x, flags)
 
-    monkeypatch.setattr(epoch_module, "turn_and_flip", watched)
-    with_it, without = make_member(), make_member(has_augmentation=False)
+    monkeypatch.setattr(prepare_module, "turn_and_flip", watched)
+    with_it, without = make_member(), make_member(augmentation=Augmentation(turns=False))
     train(without)
     assert turned == []
     train(with_it)
-    assert len(turned) == 4 * 2
+    assert len(turned) == 4 * 2  # epochs, images and labels
     assert without.curve["train_loss"] != with_it.curve["train_loss"]
+
+
+WARPS = Augmentation(rotation=True, alpha=3.0, mirror_quarters=0.5, crop_size=(10, 12))
+
+
+def test_warped_images_reach_the_training_and_have_the_size_of_the_crop():
+    warped, again, plain = (make_member(augmentation=each) for each in (WARPS, WARPS, Augmentation()))
+    sizes, forward = set(), warped.network.forward
+
+    def watched(x):
+        sizes.add((warped.network.training, *x.shape[2:]))
+        return forward(x)
+
+    warped.network.forward = watched
+    for member in (warped, again, plain):
+        train(member)
+    assert sizes == {(True, 10, 12), (False, 16, 16)}
+    assert_same(warped, again)
+    assert warped.curve["train_loss"] != plain.curve["train_loss"]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6, 64])
+def test_an_epoch_is_the_images_of_its_batches_turned_by_their_flags(chunk, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK", chunk)
+    data = load_resident(make_dataset(n_train=11, channels=2), fold=0, device=CPU, needs_border=True)
+    epoch = prepare_epoch(EpochPlan(data, 0, 3, 4, None, Augmentation()), seed=1)
+    indices, flags = epoch_batches(11, 4, seed=1, fold=0, epoch=3)
+    assert epoch.n_steps == len(indices)
+    for i, (rows, turns) in enumerate(zip(indices, flags, strict=True)):
+        step = epoch.step(i)
+        assert step.image.is_contiguous(memory_format=torch.channels_last)
+        for drawn, whole in zip(step.tensors(), (data.train.images, data.train.labels, data.train.border), strict=True):
+            assert torch.equal(drawn, turn_and_flip(whole[rows], torch.from_numpy(turns)))
+        for one, other in zip(step.tensors(), epoch.step_at(torch.tensor([i])).tensors(), strict=True):
+            assert torch.equal(one, other)
+            assert one.stride() == other.stride()
+
+
+def test_images_labels_and_distances_are_moved_alike():
+    data = load_resident(make_dataset(size=(24, 24)), fold=0, device=CPU)
+    images = data.train.labels[:, None].float()
+    data = replace(data, train=replace(data.train, images=images, border=images[:, 0]))
+    plan = EpochPlan(data, 0, 1, 4, None, replace(WARPS, crop_size=(20, 20), alpha=30.0))
+    epoch = prepare_epoch(plan, seed=0)
+    torch.testing.assert_close(epoch.border, epoch.image[:, :, 0])
+    within = (epoch.border == 0) | (epoch.border == 1)  # where all four pixels around agree
+    assert 0.5 < within.float().mean() < 1
+    assert torch.equal(epoch.border[within], epoch.label[within].float())
+
+
+def watch_rates(member):
+    rates, step = [], member.optimizer.step
+    member.optimizer.step = lambda: (rates.append(member.optimizer.param_groups[0]["lr"]), step())[1]
+    return rates
+
+
+def test_the_learning_rate_follows_the_schedule_also_after_a_checkpoint():
+    params = {"learning_rate": 0.02, "schedule": ((2, 0.5), (4, 0.1)), "batch_size": 6, "n_epochs": 5}
+    member = make_member(**params)
+    rates = watch_rates(member)
+    train(member)
+    assert rates == pytest.approx([0.02, 0.01, 0.01, 0.002, 0.002])
+    begun = make_member(**params | {"n_epochs": 3})
+    train(begun)
+    fresh = make_member(**params)
+    assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [begun]), identity=IDENTITY), identity=IDENTITY)
+    rates = watch_rates(fresh)
+    train(fresh)
+    assert rates == pytest.approx([0.002, 0.002])
+    assert_same(member, fresh)
+
+
+def test_weight_decay_is_added_to_the_gradient():
+    member = make_member(weight_decay=0.1, learning_rate=0.01)
+    parameter = member.network.head.weight
+    before = parameter.detach().clone()
+    for each in member.network.parameters():
+        each.grad = torch.zeros_like(each)
+    member.optimizer.step()
+    # Adam's first step is the rate in the direction of the gradient, here of 0.1 * weight alone.
+    torch.testing.assert_close(parameter.detach(), before - 0.01 * before.sign(), rtol=0, atol=1e-6)
+
+
+def test_a_member_without_a_better_score_for_its_patience_is_done(monkeypatch):
+    scores = iter([0.3, 0.5, 0.5, 0.4, 0.1, 0.9])
+    score = cohort_module.score_images
+    monkeypatch.setattr(
+        cohort_module, "score_images", lambda *a, **k: score(*a, **k)._replace(value=torch.tensor(next(scores)))
+    )
+    member, cohort = make_member(n_epochs=10, patience=3), make_cohort()
+    assert [report.is_done for report in train(member, cohort)] == [False] * 4 + [True]
+    assert (member.best_epoch, member.is_active, member.has_ended) == (2, False, False)
+    assert train(member, cohort) == []
+    fresh = make_member(n_epochs=10, patience=3)
+    assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity=IDENTITY), identity=IDENTITY)
+    assert fresh.is_done
+
+
+def test_an_epoch_may_have_fewer_steps_than_a_pass():
+    member = make_member(n_epochs=3, dataset=make_dataset(n_train=9), batch_size=2, steps_per_epoch=3)
+    calls, step = [], member.optimizer.step
+    member.optimizer.step = lambda: (calls.append(1), step())[1]
+    train(member)
+    assert len(calls) == 9
+    assert member.images_per_epoch == 6
+    assert make_member(dataset=make_dataset(n_train=9), batch_size=2).images_per_epoch == 9
+
+
+def test_python_asks_for_no_value_while_an_epoch_is_prepared():
+    data = load_resident(make_dataset(n_train=24), fold=0, device=CPU, needs_border=True)
+    plan = EpochPlan(data, 0, 1, 4, 3, WARPS)
+    prepare_epoch(plan, seed=0)
+    with CountReadBacks() as counter:
+        prepare_epoch(plan, seed=0)
+    assert counter.n == 0
+
+
+@pytest.mark.parametrize(("tiles", "size"), [(2, (16, 16)), (4, (16, 32))])
+def test_training_images_are_cut_and_validation_images_are_whole(tiles, size):
+    whole, cut = (load_resident(make_dataset(size=size), fold=0, device=CPU, tiles=n) for n in (1, tiles))
+    assert (len(cut.train), len(cut.val), len(cut.test)) == (6 * tiles**2, 2, 2)
+    assert len(set(cut.train.cases)) == len(cut.train)
+    height, width = size[0] // tiles, size[1] // tiles
+    for i, (image, label) in enumerate(zip(whole.train.images, whole.train.labels, strict=True)):
+        for row in range(tiles):
+            for column in range(tiles):
+                region = slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+                at = i * tiles**2 + row * tiles + column
+                assert torch.equal(cut.train.images[at], image[:, *region])
+                assert torch.equal(cut.train.labels[at], label[region])
+    assert torch.equal(cut.val.images, whole.val.images)
+
+
+def test_distances_are_those_of_whole_training_images():
+    whole = load_resident(make_dataset(), fold=0, device=CPU, needs_border=True)
+    cut = load_resident(make_dataset(), fold=0, device=CPU, needs_border=True, tiles=2, is_eightfold=True)
+    for label, border in zip(whole.train.labels, whole.train.border, strict=True):
+        np.testing.assert_array_equal(border.numpy(), border_distances(label.numpy()))
+    assert whole.val.border is None
+    assert torch.equal(cut.train.border[:4].reshape(2, 2, 8, 8).swapaxes(1, 2).reshape(16, 16), whole.train.border[0])
+    assert load_resident(make_dataset(), fold=0, device=CPU).train.border is None
+
+
+def test_every_image_has_eight_orientations_in_every_part():
+    whole, eight = (load_resident(make_dataset(), fold=0, device=CPU, is_eightfold=each) for each in (False, True))
+    for part in ("train", "val", "test"):
+        one, all_of_them = getattr(whole, part), getattr(eight, part)
+        n = len(one)
+        assert (len(all_of_them), len(set(all_of_them.cases))) == (8 * n, 8 * n)
+        assert torch.equal(all_of_them.images[:n], one.images)
+        for i, (image, label) in enumerate(zip(one.images, one.labels, strict=True)):
+            flags = torch.tensor(list(itertools.product([False, True], repeat=3)))
+            expected = {each.numpy().tobytes() for each in turn_and_flip(label.expand(8, -1, -1), flags)}
+            assert {each.numpy().tobytes() for each in all_of_them.labels[i::n]} == expected
+            for turned, of_label in zip(all_of_them.images[i::n], all_of_them.labels[i::n], strict=True):
+                assert torch.equal(turned[0][of_label == 1].sort()[0], image[0][label == 1].sort()[0])
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((16, 16), 2), ((13, 22), 3), ((2, 9), 4)])
+@pytest.mark.parametrize("takes", ["classes", "probabilities"])
+def test_regions_are_predicted_by_themselves_and_put_together_again(size, tiles, takes):
+    train(member := make_member())
+    network = member.network
+    images = torch.randn(3, 1, *size, generator=torch.Generator().manual_seed(0))
+    pred = predict(network, images, precision="fp32", takes=takes, tiles=tiles)
+    bands = [
+        np.concatenate(
+            [predict(network, torch.from_numpy(each), precision="fp32", takes=takes).numpy() for each in regions],
+            axis=-1,
+        )
+        for band in np.array_split(images.numpy(), min(tiles, size[0]), axis=2)
+        for regions in [np.array_split(band, tiles, axis=3)]
+    ]
+    torch.testing.assert_close(pred, torch.from_numpy(np.concatenate(bands, axis=-2)))
+    assert not torch.equal(pred, predict(network, images, precision="fp32", takes=takes))
+
+
+def test_a_member_is_validated_in_as_many_regions_as_it_is_trained_in():
+    member, cohort = make_member(tiles=2), make_cohort()
+    train(member, cohort)
+    val = member.data.val
+    kwargs = {"metric": "mean_iou", "n_classes": 2, "precision": "fp32"}
+    expected = score_images(member.network, val.images, val.labels, tiles=2, **kwargs).value
+    assert cohort.validate(member).value == expected
+    assert expected != score_images(member.network, val.images, val.labels, **kwargs).value
 
 
 @pytest.mark.parametrize(
@@ -602,7 +795,7 @@ def test_a_member_trains_on_the_gpu_and_goes_on_there_from_a_checkpoint():
     device = torch.device("cuda:0")
     member, fresh = make_member(n_epochs=2, device=device), make_member(n_epochs=3, device=device)
     train(member, make_cohort(precision=best_precision(device)))
-    assert load_checkpoint(fresh, dump_checkpoint(member, identity=IDENTITY), identity=IDENTITY)
+    assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity=IDENTITY), identity=IDENTITY)
     assert [r.epoch for r in train(fresh, make_cohort(precision=best_precision(device)))] == [3]
     assert all(value.is_cuda for value in fresh.best_weights.values())
 

@@ -79,6 +79,39 @@ def whole(search, do_nothing, n_trials, n_epochs, **settings):
     return found
 
 
+def by_image(params, fold):
+    """Four images of a fold, which differ far more from each other than one trial's scores from another's."""
+    return [0.2 * i + 0.1 * fold + 1e-3 * math.log(params["X"]) for i in range(4)]
+
+
+def test_wilcoxon_spares_the_folds_of_a_trial_that_is_worse_image_by_image(search, do_nothing):
+    objective = do_nothing(3, image_scores=by_image, score=lambda params, fold: math.log(params["X"]))
+    settings = {"n_startup_images": 5}
+    list(search(objective, n_trials=12, pruner="wilcoxon", settings=settings).work())
+    best = -math.inf
+    for trial in search.study.trials:
+        is_better = math.log(trial.params["X"]) > best
+        assert trial.state is (TrialState.COMPLETE if is_better else TrialState.PRUNED)
+        # Steps are images: all of a complete trial, those of two folds of one that was worse on each of eight.
+        assert list(trial.intermediate_values) == list(range(1, 13 if is_better else 9))
+        best = max(best, math.log(trial.params["X"]))
+    assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_search_pruned_by_fold_comes_to_the_same_however_often_it_is_stopped(search, do_nothing, storage):
+    settings = {"n_trials": 6, "pruner": "wilcoxon", "settings": {"n_startup_images": 5}}
+    scores = {"image_scores": by_image, "score": lambda params, fold: math.log(params["X"])}
+    list(search(do_nothing(3, **scores), **settings).work())
+    expected = [(trial.state, trial.params, trial.intermediate_values) for trial in search.study.trials]
+    optuna.delete_study(study_name="study", storage=storage.optuna)
+    checkpoints = {}
+    for n in range(60):
+        objective = do_nothing(3, checkpoints=checkpoints, **scores)
+        if not list(search(objective, is_stopping=stop_after(objective, 1 + n % 2), **settings).work()):
+            break
+    assert [(trial.state, trial.params, trial.intermediate_values) for trial in search.study.trials] == expected
+
+
 @pytest.mark.parametrize("pruner", ["none", "asha"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_search_that_was_stopped_again_and_again_comes_to_the_same(search, do_nothing, storage, seed, pruner):

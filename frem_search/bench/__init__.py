@@ -63,7 +63,7 @@ def run_bench(
             came_to = f"failed: {_first_line(speeds[-1].error)}" if speeds[-1].error else _rate(speeds[-1])
             tell(f"round {n} of {n_rounds}: {entrant}, {entrant.precision}: {came_to}")
     file, dataset = trainee.study_file, trainee.dataset
-    split = dataset.splits[file.fold]
+    split = dataset.splits[file.folds[0]]
     training = split_params(file, trainee.params).training
     size = training.image_size or dataset.images.shape[2:]
     return Bench(

@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from frem_search.batch import Batch
 from frem_search.data.dataset import Dataset, load_dataset
+from frem_search.errors import ParameterError
 from frem_search.losses import LOSSES
 from frem_search.metrics import METRICS
 from frem_search.networks import build_network, redraw
 from frem_search.parameters import first_image_size, split_params
 from frem_search.seeds import derive, generator
 from frem_search.speed import Trainee
+from frem_search.training.resident import balanced_weights
 
 
 class PlainImages(TorchDataset[tuple[Tensor, Tensor]]):
@@ -48,7 +51,7 @@ class PlainLoop:
     def __init__(self, trainee: Trainee) -> None:
         file, self.device = trainee.study_file, trainee.device
         split, dataset = split_params(file, trainee.params), _dataset(trainee)
-        self._seed, self._fold = file.sampler.seed, file.fold
+        self._seed, self._fold = file.sampler.seed, file.folds[0]
         self._n_classes = len(dataset.class_names)
         self.network = build_network(
             file.network,
@@ -58,14 +61,20 @@ class PlainLoop:
             params=split.network,
         ).to(self.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=split.training.learning_rate)
-        self._loss, self._metric = LOSSES[file.loss].function, METRICS[file.score]
+        loss, self._metric = LOSSES[file.loss], METRICS[file.score]
+        if loss.needs_border:
+            raise ParameterError(name="loss", expected="one that needs no distances between cells", got=file.loss)
+        self._loss = loss.function
         self._coefficients = {
             name: torch.tensor(value, device=self.device) for name, value in split.coefficients.items()
         }
         rng = generator(self._seed, "plain") if split.training.augmentation else None
         self.train_batches = self._loader(dataset, "train", batch_size=split.training.batch_size, rng=rng)
         self.val_batches = self._loader(dataset, "val", batch_size=split.training.batch_size)
-        self.n_train = len(dataset.indices("train", fold=self._fold))
+        train = dataset.indices("train", fold=self._fold)
+        self.n_train = len(train)
+        labels = torch.from_numpy(dataset.labels[train]).to(self.device)
+        self._class_weights = balanced_weights(labels, n_classes=self._n_classes)
         self._epoch, self._best = 0, -math.inf
         self.best_weights: dict[str, Tensor] = {}
 
@@ -85,7 +94,8 @@ class PlainLoop:
         """Train on one batch; return its loss."""
         image, target = image.to(self.device), target.to(self.device)
         self.optimizer.zero_grad()
-        loss = self._loss(self.network(image), target, self._coefficients)
+        batch = Batch(image, target, class_weights=self._class_weights)
+        loss = self._loss(self.network(image), batch, self._coefficients)
         loss.backward()
         self.optimizer.step()
         return loss.item()

@@ -81,9 +81,8 @@ def bench(
     """
     from frem_search.bench import Choice, bench_json, bench_lines, entrants, run_bench
     from frem_search.bench.figure import write_bench
-    from frem_search.data.dataset import load_dataset
     from frem_search.figures.write import FORMATS, check_names
-    from frem_search.parameters import check, first_image_size
+    from frem_search.parameters import check, load_images
     from frem_search.speed import Trainee
     from frem_search.study_file import load_study_file
     from frem_search.training.device import best_precision, find_device
@@ -100,7 +99,7 @@ def bench(
     chosen = find_device(device)
     settled = next(name for name in (precision, study_file.precision, best_precision(chosen)) if name != "auto")
     rows = list(entrants(chosen, precision=settled, choice=choice))
-    images = load_dataset(study_file.dataset, image_size=first_image_size(study_file))
+    images = load_images(study_file)
     trainee = Trainee(study_file, images, chosen, settled)
     result = run_bench(
         trainee, rows, n_rounds=repeats, seconds=seconds, tell=lambda line: typer.echo(f"bench: {line}", err=True)

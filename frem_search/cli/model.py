@@ -39,6 +39,18 @@ AnyStudyOption = Annotated[
     ),
 ]
 TrialOption = Annotated[str, typer.Option("--trial", help="Number of a trial, or best.")]
+PredictFoldOption = Annotated[
+    int | None, typer.Option("--fold", help="Of a cross-validation, whose weights; else 0.", show_default=False)
+]
+FoldOption = Annotated[
+    int | None,
+    typer.Option(
+        "--fold",
+        help="Of a cross-validation, the fold whose weights are taken, the first one if not given; else the fold whose "
+        "images are scored, the one trained on if not given.",
+        show_default=False,
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -77,10 +89,9 @@ def train(
     from dataclasses import replace
 
     from frem_search.cli.training import epoch_progress, scores_table
-    from frem_search.data.dataset import load_dataset
     from frem_search.model import check_target, parse_settings, save_weights, settle
     from frem_search.model import train as train_model
-    from frem_search.parameters import first_image_size
+    from frem_search.parameters import load_images
     from frem_search.space import resolve
     from frem_search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
     from frem_search.study_file import load_study_file
@@ -89,7 +100,7 @@ def train(
     check_target(out)
     if trial is None:
         settled = settle(load_study_file(study, quick=quick, dataset=dataset, n_epochs=n_epochs), params)
-        images = load_dataset(settled.dataset, image_size=first_image_size(settled))
+        images = load_images(settled)
     else:
         with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
             stored = find_trial(record, trial)
@@ -97,15 +108,22 @@ def train(
         begun = replace(begun, n_epochs=n_epochs or begun.n_epochs)
         settled = settle(begun, trial_params(record, stored) | params)
         images = matching_dataset(record, settled)
-    with epoch_progress(settled.name, n_epochs=settled.n_epochs, score=settled.score) as on_epoch:
+    with epoch_progress(settled.name, n_epochs=settled.n_epochs_of_trial, score=settled.score) as on_epoch:
         trained = train_model(settled, images, device=device, on_epoch=on_epoch)
-    save_weights(trained.weights, out)
+    written = save_weights(trained.weights, out)
     result = trained.outcome.result
     if as_json:
-        answer = {"study": settled.name, "weights": str(out), "params": resolve(settled.space, {}), "result": result}
+        files = [str(path) for path in written]
+        answer = {
+            "study": settled.name,
+            "weights": files[0] if len(files) == 1 else files,
+            "params": resolve(settled.space, {}),
+            "result": result,
+        }
         typer.echo(json.dumps(answer | {"provenance": trained.provenance}, indent=2))
         return
-    typer.echo(f"{out}: {settled.name}, epoch {result['best_epoch']} of {settled.n_epochs}, the best on val")
+    for path, fold in zip(written, result.get("folds", [result]), strict=True):
+        typer.echo(f"{path}: {settled.name}, epoch {fold['best_epoch']} of {settled.n_epochs}, the best on val")
     typer.echo(
         scores_table(settled.score, {part: result[part] for part in ("val", "test") if part in result}), nl=False
     )
@@ -116,9 +134,7 @@ def evaluate(
     study: AnyStudyOption = None,
     trial: TrialOption = "best",
     part: Annotated[str, typer.Option("--part", help="test, val or train.")] = "test",
-    fold: Annotated[
-        int | None, typer.Option("--fold", help="Another fold than the one trained on.", show_default=False)
-    ] = None,
+    fold: FoldOption = None,
     quick: QuickOption = False,
     dataset: DatasetOption = None,
     storage: StorageOption = None,
@@ -139,7 +155,9 @@ def evaluate(
     from frem_search.cli.training import scores_table
     from frem_search.evaluation import evaluate as evaluate_weights
 
-    kept, images = _kept(weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts)
+    kept, images = _kept(
+        weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts, fold=fold
+    )
     scored = evaluate_weights(kept, dataset=images, part=part, fold=fold, device=device)
     if as_json:
         typer.echo(json.dumps({"study": kept.study, "trial": kept.trial} | asdict(scored), indent=2))
@@ -155,6 +173,7 @@ def predict(
     weights: WeightsOption = None,
     study: AnyStudyOption = None,
     trial: TrialOption = "best",
+    fold: PredictFoldOption = None,
     quick: QuickOption = False,
     dataset: DatasetOption = None,
     storage: StorageOption = None,
@@ -170,7 +189,9 @@ def predict(
     """
     from frem_search.prediction import predict_files
 
-    kept, _ = _kept(weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts)
+    kept, _ = _kept(
+        weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts, fold=fold
+    )
     for path in predict_files(kept, images, out=out, device=device):
         typer.echo(path)
 
@@ -200,7 +221,7 @@ def rerun(
     with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
         stored = find_trial(record, trial)
     images = _dataset_of(study, record, quick=quick, dataset=dataset)
-    title, n_epochs = f"{record.name} trial {stored.number}", record.contract["n_epochs"]
+    title, n_epochs = f"{record.name} trial {stored.number}", record.n_epochs
     with epoch_progress(title, n_epochs=n_epochs, score=record.score) as on_epoch:
         repeat = rerun_trial(record, stored, dataset=images, device=device, on_epoch=on_epoch)
     typer.echo(json.dumps(repeat_json(repeat), indent=2) if as_json else "\n".join(repeat_lines(repeat)))
@@ -217,6 +238,7 @@ def _kept(
     dataset: str | None,
     storage: str | None,
     artifacts: str | None,
+    fold: int | None,
 ) -> "tuple[Weights, str | None]":
     """Return the weights that were asked for, and the dataset to score; None is the one that they were trained on."""
     from frem_search.stored_trial import find_trial, stored_weights
@@ -234,7 +256,7 @@ def _kept(
     with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
         stored = find_trial(record, trial)
     images = _dataset_of(study, record, quick=quick, dataset=dataset)
-    return stored_weights(record, stored, artifacts=artifacts), images
+    return stored_weights(record, stored, artifacts=artifacts, fold=fold), images
 
 
 def _dataset_of(study: str, record: "StudyRecord", *, quick: bool, dataset: str | None) -> str:

@@ -45,7 +45,7 @@ def show_progress(events: Iterator[TrialEvent], record: StudyRecord) -> None:
             line = follower.line(event)
             if event.params is not None:
                 name = f"  trial {event.number}"
-                running[event.number] = bars.add_task(name, total=record.contract["n_epochs"])
+                running[event.number] = bars.add_task(name, total=record.n_epochs)
             elif event.kind == "epoch":
                 bars.update(running[event.number], completed=event.epoch)
             elif event.number in running:
@@ -90,7 +90,7 @@ class _Follower:
             return f"{name}: goes on from its last checkpoint" if event.kind == "adopted" else ""
         if event.kind == "epoch":
             score = "" if event.report is None else f", {self._record.score} {event.report.score:.4f}"
-            return f"{name}: epoch {event.epoch} of {self._record.contract['n_epochs']}{score}"
+            return f"{name}: epoch {event.epoch} of {self._record.n_epochs}{score}"
         is_told, self._is_waiting = self._is_waiting, event.kind == "waiting"
         if event.kind == "waiting":
             return "" if is_told else "waiting for trials that other workers hold"

@@ -1,6 +1,6 @@
 """Datasets by name, in the order of the docs."""
 
-from frem_search.data import drosophila, drosophila_synthetic, mouse, mouse_synthetic
+from frem_search.data import drosophila, drosophila_synthetic, h1299, isbi2012, mouse, mouse_synthetic
 from frem_search.data.source import Source
 
 __all__ = ["DATASETS", "Source"]
@@ -8,6 +8,8 @@ __all__ = ["DATASETS", "Source"]
 DATASETS: dict[str, Source] = {
     "mouse": mouse.SOURCE,
     "drosophila": drosophila.SOURCE,
+    "isbi2012": isbi2012.SOURCE,
+    "h1299": h1299.SOURCE,
     "mouse_synthetic": mouse_synthetic.SOURCE,
     "drosophila_synthetic": drosophila_synthetic.SOURCE,
 }

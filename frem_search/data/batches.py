@@ -19,15 +19,36 @@ class EpochBatches(NamedTuple):
     flags: np.ndarray
 
 
-def epoch_batches(n_images: int, batch_size: int, *, seed: int, fold: int, epoch: int) -> EpochBatches:
-    """Return the batches of an epoch, all of one size, in which every image occurs.
+def epoch_batches(
+    n_images: int, batch_size: int, *, seed: int, fold: int, epoch: int, n_steps: int | None = None
+) -> EpochBatches:
+    """Return the batches of an epoch, all of one size.
 
-    The last batch is filled up with images that it does not hold yet. A batch is never wider than the number of images.
+    Args:
+        n_images: How many there are.
+        batch_size: Of each batch; it is never wider than the number of images.
+        seed: The study's.
+        fold: Of the images.
+        epoch: The first one is 1.
+        n_steps: How many batches. None makes an epoch one pass, in which every image occurs; else each epoch goes on in
+            the passes where the one before it stopped.
 
     >>> epoch_batches(5, 2, seed=0, fold=0, epoch=1).indices.shape
     (3, 2)
     """
-    rng = generator(seed, "batches", fold, epoch)
+    if n_steps is None:
+        return _pass(n_images, batch_size, seed=seed, fold=fold, number=epoch)
+    steps_a_pass = -(-n_images // min(batch_size, n_images))
+    first = (epoch - 1) * n_steps
+    numbers = range(first // steps_a_pass, (first + n_steps - 1) // steps_a_pass + 1)
+    passes = [_pass(n_images, batch_size, seed=seed, fold=fold, number=1 + number) for number in numbers]
+    steps = slice(first % steps_a_pass, first % steps_a_pass + n_steps)
+    return EpochBatches(*(np.concatenate(each)[steps] for each in zip(*passes, strict=True)))
+
+
+def _pass(n_images: int, batch_size: int, *, seed: int, fold: int, number: int) -> EpochBatches:
+    """Return batches in which every image occurs; the last one is filled up with images that it does not hold yet."""
+    rng = generator(seed, "batches", fold, number)
     batch = min(batch_size, n_images)
     steps = -(-n_images // batch)
     order = rng.permutation(n_images)

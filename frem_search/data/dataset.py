@@ -10,7 +10,7 @@ import numpy as np
 from frem_search.data import DATASETS
 from frem_search.data.cases import Case
 from frem_search.data.fingerprint import fingerprint
-from frem_search.data.folds import Split
+from frem_search.data.folds import Split, cyclic_folds, k_folds
 from frem_search.data.nnunet import RawDataset, read_folder
 from frem_search.data.prepare import find_folder
 from frem_search.data.resize import resize_image, resize_label
@@ -56,12 +56,13 @@ class Dataset:
         return np.array([positions[case] for case in getattr(self.splits[fold], part)], dtype=np.int64)
 
 
-def load_dataset(name: str, *, image_size: int | tuple[int, int] | None = None) -> Dataset:
+def load_dataset(name: str, *, image_size: int | tuple[int, int] | None = None, n_folds: int | None = None) -> Dataset:
     """Return a dataset at one size; a generated one is generated on its first use.
 
     Args:
         name: A name of `DATASETS`, the name of a prepared folder, or a path to an nnU-Net folder.
         image_size: Rows and columns, one number for a square; None keeps the files' size, which must then be one.
+        n_folds: Of a cross-validation; None keeps the folder's own folds.
     """
     raw = read_folder(find_folder(name))
     size = _common_size(raw) if image_size is None else _pair(image_size)
@@ -74,9 +75,32 @@ def load_dataset(name: str, *, image_size: int | tuple[int, int] | None = None) 
         cases=tuple(case.name for case in raw.cases),
         images=np.stack([normalise(resize_image(case.image, size)) for case in raw.cases]),
         labels=np.stack([resize_label(case.label, size, n_classes=n_classes) for case in raw.cases]),
-        splits=raw.splits,
+        splits=raw.splits if n_folds is None else cross_validation(raw, n_folds),
         fingerprint=fingerprint(raw),
     )
+
+
+def cross_validation(raw: RawDataset, n_folds: int) -> tuple[Split, ...]:
+    """Return the folds of a cross-validation: the folder's own if it has so many, else folds of its first one's sizes.
+
+    Of more than are wanted, the first ones: new ones would part what it keeps together, like tiles of a section. Images
+    of imagesTs are for testing whatever the folds are. If there are none and the first fold tests nothing, every image
+    validates once.
+
+    Raises:
+        DatasetError: There are too few images.
+    """
+    if len(raw.splits) >= n_folds:
+        return raw.splits[:n_folds]
+    held_out = [case.name for case in raw.cases[raw.n_training :]]
+    cases = [case.name for case in raw.cases[: raw.n_training]]
+    n_test = len(set(raw.splits[0].test) - set(held_out))
+    if n_test:
+        return cyclic_folds(cases, n_folds=n_folds, n_test=n_test, n_val=len(raw.splits[0].val), seed=0)
+    if n_folds > len(cases):
+        message = f"{raw.folder}: expected at least {n_folds} images for {n_folds} folds, but got {len(cases)}."
+        raise DatasetError(message + " Choose fewer folds.")
+    return k_folds(cases, n_folds=n_folds, seed=0, test=held_out)
 
 
 def dataset_name(name: str) -> str:

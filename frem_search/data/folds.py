@@ -80,6 +80,32 @@ def section_folds(sections: Sequence[Sequence[str]], *, n_test: int, n_val: int)
     )
 
 
+def cyclic_folds(cases: Sequence[str], *, n_folds: int, n_test: int, n_val: int, seed: int) -> tuple[Split, ...]:
+    """Return folds of fixed sizes, whose test parts begin at equal distances in one shuffled circle of cases.
+
+    Behind the cases that test follow those that validate; the others train. Where ``n_folds * n_test`` is more than
+    there are cases, test parts overlap as little as they can.
+
+    >>> [fold.test for fold in cyclic_folds(["a", "b", "c"], n_folds=3, n_test=2, n_val=0, seed=0)]
+    [('a', 'b'), ('a', 'c'), ('b', 'c')]
+    """
+    n = len(cases)
+    if not 2 <= n_folds <= n or n_test + n_val >= n:
+        message = (
+            f"{n_folds} folds of {n_test} test and {n_val} validation images each need more than "
+            f"{max(n_folds - 1, n_test + n_val)} images and at least 2 folds, but got {n} images. Choose fewer folds."
+        )
+        raise DatasetError(message)
+    circle = _shuffled(cases, seed=seed)
+
+    def fold(start: int) -> Split:
+        turned = circle[start:] + circle[:start]
+        parts = (turned[n_test + n_val :], turned[n_test : n_test + n_val], turned[:n_test])
+        return Split(*(tuple(sorted(part)) for part in parts))
+
+    return tuple(fold(k * n // n_folds) for k in range(n_folds))
+
+
 def equal_groups(cases: Sequence[str], *, n_groups: int, seed: int) -> list[list[str]]:
     """Return the shuffled cases in sorted groups whose sizes differ by one at most."""
     shuffled = _shuffled(cases, seed=seed)

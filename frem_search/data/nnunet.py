@@ -21,13 +21,17 @@ from frem_search.errors import DatasetError
 
 @dataclass(frozen=True, eq=False)
 class RawDataset:
-    """A folder as it lies on disk: images in their own number type and size."""
+    """A folder as it lies on disk: images in their own number type and size.
+
+    The first `n_training` cases are those of imagesTr, the others those of imagesTs.
+    """
 
     folder: Path
     class_names: tuple[str, ...]
     channel_names: tuple[str, ...]
     cases: tuple[Case, ...]
     splits: tuple[Split, ...]
+    n_training: int
 
 
 def read_folder(folder: Path) -> RawDataset:
@@ -52,7 +56,9 @@ def read_folder(folder: Path) -> RawDataset:
         splits = read_splits(file, training=names, extra_test=test_names)
     else:
         splits = k_folds(names, n_folds=5, seed=0, test=test_names)
-    return RawDataset(folder, description.class_names, description.channel_names, (*training, *extra_test), splits)
+    return RawDataset(
+        folder, description.class_names, description.channel_names, (*training, *extra_test), splits, len(training)
+    )
 
 
 def write_folder(

@@ -5,7 +5,10 @@ from typing import Any
 from frem_search.errors import UsageError
 from frem_search.record import StudyRecord, TrialRecord
 
-SCORE_LABELS = {"mean_iou": "mean IoU"}
+SCORE_LABELS = {
+    "mean_iou": "mean IoU", "cell_iou": "cell IoU", "seg": "SEG", "v_rand": "V-Rand", "v_info": "V-Info",
+    "v_rand_multicut": "V-Rand after multicut", "v_info_multicut": "V-Info after multicut",
+}  # fmt: skip
 
 
 def score_label(score: str) -> str:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from frem_search.metrics.cells import CELL, check_classes
 from frem_search.metrics.score import Score
 
 
@@ -50,3 +51,27 @@ def mean_iou_score(pred: Integer[Tensor, "n h w"], target: Integer[Tensor, "n h 
     """
     confusion = confusion_matrix(pred, target, n_classes=n_classes)
     return Score(mean_iou(confusion), class_iou(confusion))
+
+
+def cell_iou(pred: Integer[Tensor, "n h w"], target: Integer[Tensor, "n h w"], *, n_classes: int) -> Score:
+    """Return the IoU of class 1 over all pixels of all images together, and `class_iou`.
+
+    Source: "Segmentation of biological cells with a compressed U-Net", section "Training": intersection of the true and
+    the predicted cells' area over their union.
+    Differs: where neither labels nor prediction have a cell, the score is 0 and not NaN, which a search cannot rank.
+
+    Args:
+        pred: Classes.
+        target: Classes.
+        n_classes: At least 2.
+
+    Raises:
+        UsageError: There is no class 1.
+
+    >>> pred, target = torch.tensor([[[0, 1], [1, 1]]]), torch.tensor([[[0, 1], [0, 1]]])
+    >>> round(cell_iou(pred, target, n_classes=2).value.item(), 4)  # 2 pixels of 3
+    0.6667
+    """
+    check_classes("cell_iou", n_classes, needed=None)
+    per_class = class_iou(confusion_matrix(pred, target, n_classes=n_classes))
+    return Score(per_class[CELL].nan_to_num(nan=0.0), per_class)

@@ -10,9 +10,19 @@ from torch import nn
 from frem_search import seeds
 from frem_search.errors import ParameterError, UsageError, did_you_mean
 from frem_search.layers.feature_enhancement import FeatureEnhancement
+from frem_search.networks.clmser import CLmser
+from frem_search.networks.compressed_unet import CompressedUNet
+from frem_search.networks.feedback_unet import FeedbackUNet
+from frem_search.networks.recurrent_unet import RecurrentUNet
 from frem_search.networks.unet import UNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "feedback_unet": FeedbackUNet,
+    "recurrent_unet": RecurrentUNet,
+    "clmser": CLmser,
+    "compressed_unet": CompressedUNet,
+}
 
 
 def network_params(name: str) -> dict[str, inspect.Parameter]:

@@ -2,18 +2,19 @@
 
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from frem_search.errors import ParameterError
 from frem_search.layers.double_conv import DoubleConv
 from frem_search.layers.feature_enhancement import FeatureEnhancement
 from frem_search.layers.resize import resize_bilinear
 from frem_search.layers.squeeze_excite import SqueezeExcite
 from frem_search.layers.up_conv import UpConv
+from frem_search.networks.levels import decode, encode
+from frem_search.networks.shapes import check_images, check_sizes, pad
 from frem_search.output import Features, Output
 
 
@@ -45,6 +46,8 @@ class UNet(nn.Module):
     torch.Size([2, 3, 50, 70])
     """
 
+    N_CLASSES: ClassVar[int | None] = None  # any number
+
     def __init__(
         self,
         in_channels: int,
@@ -62,7 +65,7 @@ class UNet(nn.Module):
         supervision: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(
+        check_sizes(
             in_channels=(in_channels, 1), n_classes=(n_classes, 2), base_channels=(base_channels, 1), depth=(depth, 1)
         )
         block = partial(_block, normalization=normalization, se_reduction=se_reduction if squeeze_excite else None)
@@ -82,28 +85,15 @@ class UNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Output:
         """Return logits at the size of `x`; in training also the features' magnitudes and SuperVision's logits."""
-        self._check(x)
+        check_images(x, in_channels=self.in_channels, scale=2**self.depth, is_training=self.training)
         height, width = x.shape[2:]
-        skips = self._encode(_pad(x, multiple=2**self.depth))
-        bottleneck = skips.pop()
-        logits = self.head(self._decode(self.enhancement(bottleneck), skips))[:, :, :height, :width]
+        *skips, bottleneck = encode(pad(x, multiple=2**self.depth), self.encoder)
+        features = decode(self.enhancement(bottleneck), skips, self.up_convs, self.decoder)
+        logits = self.head(features)[:, :, :height, :width]
         if not self.training:
             return Output(logits)
-        features = Features(_magnitude(bottleneck, dim=(0, 2, 3)), _magnitude(skips[-1], dim=(0, 1, 2, 3)))
-        return Output(logits, self._supervise(bottleneck, height, width), features)
-
-    def _encode(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
-        """Return the features of every level, the bottleneck's last."""
-        skips = [self.encoder[0](x)]
-        for block in self.encoder[1:]:
-            skips.append(block(nn.functional.max_pool2d(skips[-1], kernel_size=2)))
-        return skips
-
-    def _decode(self, x: Float[Tensor, "b c h w"], skips: list[Tensor]) -> Float[Tensor, "b k h2 w2"]:
-        """Return the features of the first level, each level concatenated with its skip connection."""
-        for up_conv, block, skip in zip(self.up_convs, self.decoder, reversed(skips), strict=True):
-            x = block(torch.cat([skip, up_conv(x)], dim=1))
-        return x
+        magnitudes = Features(_magnitude(bottleneck, dim=(0, 2, 3)), _magnitude(skips[-1], dim=(0, 1, 2, 3)))
+        return Output(logits, self._supervise(bottleneck, height, width), magnitudes)
 
     def _supervise(self, x: Float[Tensor, "b c h w"], height: int, width: int) -> Tensor | None:
         """Return logits of the bottleneck, resized to the images, if there is a head for them."""
@@ -112,23 +102,6 @@ class UNet(nn.Module):
         size = (x.shape[2] * 2**self.depth, x.shape[3] * 2**self.depth)
         return resize_bilinear(self.supervision_head(x), size)[:, :, :height, :width]
 
-    def _check(self, x: Tensor) -> None:
-        """Raise if the network cannot take images of this shape."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            expected = f"shape (n, {self.in_channels}, height, width)"
-            raise ParameterError(name="images", expected=expected, got=tuple(x.shape))
-        scale = 2**self.depth
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= scale:
-            expected = f"at least 2 for training on images of {scale}x{scale} pixels or less"
-            raise ParameterError(name="batch_size", expected=expected, got=1)
-
-
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    """Raise if one of the sizes, given with its least value, is too small."""
-    for name, (size, least) in sizes.items():
-        if size < least:
-            raise ParameterError(name, expected=f"at least {least}", got=size)
-
 
 def _block(in_channels: int, out_channels: int, *, normalization: str, se_reduction: int | None) -> nn.Module:
     """Return a double convolution, with a squeeze-and-excitation block behind it unless `se_reduction` is None."""
@@ -136,15 +109,6 @@ def _block(in_channels: int, out_channels: int, *, normalization: str, se_reduct
     if se_reduction is None:
         return convolutions
     return nn.Sequential(convolutions, SqueezeExcite(out_channels, reduction=se_reduction))
-
-
-def _pad(x: Float[Tensor, "b c h w"], *, multiple: int) -> Float[Tensor, "b c h2 w2"]:
-    """Repeat the last row and column until `multiple` divides height and width.
-
-    Zeros would be an edge that no cell has, and a reflection cannot be longer than the image.
-    """
-    right, bottom = -x.shape[3] % multiple, -x.shape[2] % multiple
-    return nn.functional.pad(x, (0, right, 0, bottom), mode="replicate") if right or bottom else x
 
 
 def _magnitude(x: Float[Tensor, "b c h w"], *, dim: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A member as bytes, and back: what a trial needs to go on where it was, on any worker."""
+"""A trial in training as bytes, and back: what it needs to go on where it was, on any worker."""
 
 import hashlib
 import io
@@ -7,53 +7,65 @@ from typing import Any
 
 import torch
 
+from frem_search.training.folds import Folds
 from frem_search.training.member import Member
 
-FORMAT = 1
+FORMAT = 2
 DIGEST_BYTES = 32
 STATE = ("epoch", "best_score", "best_epoch", "best_per_class", "best_weights", "curve")
 
 
-def dump_checkpoint(member: Member, *, identity: Mapping[str, Any]) -> bytes:
-    """Return weights, optimizer, progress, curve and best weights of a member.
+def dump_checkpoint(folds: Folds, *, identity: Mapping[str, Any]) -> bytes:
+    """Return weights, optimizer, progress, curve and best weights of each fold of a trial.
 
     Nothing random is stored: batches, turns and enhanced maps follow from seed, fold and epoch.
 
     Args:
-        member: The member.
+        folds: The trial.
         identity: What must be equal for the checkpoint to be used again: plain values only.
     """
     buffer = io.BytesIO()
     content = {
         "format": FORMAT,
         "identity": dict(identity),
-        "network": member.network.state_dict(),
-        "optimizer": member.optimizer.state_dict(),
-    } | {name: getattr(member, name) for name in STATE}
+        "image_scores": folds.image_scores,
+        "folds": [_dump(member) for member in folds.members],
+    }
     torch.save(content, buffer)
     # torch.load would take a flipped bit for a weight: PyTorch's zip reader does not look at the checksums.
     packed = buffer.getvalue()
     return packed + hashlib.sha256(packed).digest()
 
 
-def load_checkpoint(member: Member, content: bytes, *, identity: Mapping[str, Any]) -> bool:
-    """Bring a fresh member to where the checkpoint was taken.
+def load_checkpoint(folds: Folds, content: bytes, *, identity: Mapping[str, Any]) -> bool:
+    """Bring a fresh trial to where the checkpoint was taken.
 
     Returns:
-        Whether it could be used; a torn, foreign or older one leaves the member as it was.
+        Whether it could be used; a torn, foreign or older one leaves the trial as it was.
     """
     packed, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if digest != hashlib.sha256(packed).digest():
         return False
-    device = next(member.network.parameters()).device
+    device = folds.members[0].data.device
     stored = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
     if stored["format"] != FORMAT or stored["identity"] != dict(identity):
         return False
-    fresh = member.network.state_dict()
-    if {n: v.shape for n, v in stored["network"].items()} != {n: v.shape for n, v in fresh.items()}:
+    if len(stored["folds"]) != len(folds.members) or not all(map(_fits, folds.members, stored["folds"])):
         return False
-    member.network.load_state_dict(stored["network"])
-    member.optimizer.load_state_dict(stored["optimizer"])
-    for name in STATE:
-        setattr(member, name, stored[name])
+    for member, state in zip(folds.members, stored["folds"], strict=True):
+        member.network.load_state_dict(state["network"])
+        member.optimizer.load_state_dict(state["optimizer"])
+        for name in STATE:
+            setattr(member, name, state[name])
+    folds.image_scores = stored["image_scores"]
     return True
+
+
+def _dump(member: Member) -> dict[str, Any]:
+    state = {"network": member.network.state_dict(), "optimizer": member.optimizer.state_dict()}
+    return state | {name: getattr(member, name) for name in STATE}
+
+
+def _fits(member: Member, state: Mapping[str, Any]) -> bool:
+    fresh = member.network.state_dict()
+    return {n: v.shape for n, v in state["network"].items()} == {n: v.shape for n, v in fresh.items()}

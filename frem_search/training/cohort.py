@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from frem_search.data.batches import EpochBatches, epoch_batches
+from frem_search.batch import Batch
 from frem_search.losses import LOSSES
 from frem_search.metrics import Score
 from frem_search.networks import redraw
@@ -13,33 +13,33 @@ from frem_search.training.device import is_out_of_memory
 from frem_search.training.epoch import end_epoch, train_alone
 from frem_search.training.evaluate import score_images
 from frem_search.training.member import EpochReport, Member
+from frem_search.training.prepare import EpochPlan, prepare_epoch, prepare_stacked
 from frem_search.training.stacked import train_stacked
 
 
 class Cohort:
     """Members that share loss, metric, precision and the seed from which batches and turns follow.
 
-    A member's batches depend on seed, fold and its own epoch, so that it trains the same alone, among others and in a
-    slot that another one left.
+    A member's batches depend on seed and on its own fold and epoch, so that it trains the same alone, among others and
+    in a slot that another one left.
 
     Args:
         loss: A name of `LOSSES`.
         metric: A name of `METRICS`.
         precision: `fp32` or `bf16`.
         seed: The study's.
-        fold: Which fold the members' images are of.
     """
 
-    def __init__(self, *, loss: str, metric: str, precision: str, seed: int, fold: int) -> None:
+    def __init__(self, *, loss: str, metric: str, precision: str, seed: int) -> None:
         self.loss, self.metric, self.precision = LOSSES[loss], metric, precision
-        self.seed, self.fold = seed, fold
-        self.members: dict[int, Member] = {}
+        self.seed = seed
+        self.members: dict[Hashable, Member] = {}
 
     def admit(self, member: Member) -> None:
         """Take in a member, which trains from its next epoch on."""
         self.members[member.key] = member
 
-    def release(self, key: int) -> None:
+    def release(self, key: Hashable) -> None:
         """Let a member go, finished or not."""
         del self.members[key]
 
@@ -51,11 +51,26 @@ class Cohort:
         """Return the members that have epochs left."""
         return [member for member in self.members.values() if member.is_active]
 
-    def begin_epoch(self, member: Member) -> EpochBatches:
-        """Draw what is random in a member's next epoch: enhanced maps, order and turns of the images."""
-        epoch = member.epoch + 1
-        redraw(member.network, seed=self.seed, fold=self.fold, epoch=epoch)
-        return epoch_batches(len(member.data.train), member.batch_size, seed=self.seed, fold=self.fold, epoch=epoch)
+    def begin_epoch(self, member: Member) -> Batch:
+        """Draw what is random in a member's next epoch, enhanced maps and batches, and return these."""
+        return prepare_epoch(self._plan_epoch(member), seed=self.seed)
+
+    def begin_epoch_stacked(self, members: Sequence[Member]) -> Batch:
+        """Do so for members of one `stack_key`; return (steps, b, ...) where all have the same, else with members."""
+        return prepare_stacked([self._plan_epoch(member) for member in members], seed=self.seed)
+
+    def _plan_epoch(self, member: Member) -> EpochPlan:
+        """Set network and optimizer for a member's next epoch, and return what it is to be trained on."""
+        member.set_learning_rate()
+        redraw(member.network, seed=self.seed, fold=member.fold, epoch=member.epoch + 1)
+        return EpochPlan(
+            data=member.data,
+            fold=member.fold,
+            epoch=member.epoch + 1,
+            batch_size=member.batch_size,
+            n_steps=member.steps_per_epoch,
+            augmentation=member.augmentation.at(member.best_score),
+        )
 
     def train_epoch(self, member: Member) -> EpochReport:
         """Train one member by itself for one epoch and validate it.
@@ -64,8 +79,8 @@ class Cohort:
         """
         started = time.perf_counter()
         try:
-            batches = self.begin_epoch(member)
-            loss, features = train_alone(member, batches, loss=self.loss, precision=self.precision)
+            epoch = self.begin_epoch(member)
+            loss, features = train_alone(member, epoch, loss=self.loss, precision=self.precision)
             # The first host synchronisation of the epoch.
             return end_epoch(
                 member, train_loss=loss.item(), features=features, score=self.validate(member), started=started
@@ -77,8 +92,8 @@ class Cohort:
         """Train members of one `stack_key` as one computation for one epoch, and validate them."""
         started = time.perf_counter()
         try:
-            batches = [self.begin_epoch(member) for member in members]
-            losses, features = train_stacked(members, batches, loss=self.loss, precision=self.precision)
+            epoch = self.begin_epoch_stacked(members)
+            losses, features = train_stacked(members, epoch, loss=self.loss, precision=self.precision)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -104,6 +119,7 @@ class Cohort:
             metric=self.metric,
             n_classes=data.n_classes,
             precision=self.precision,
+            tiles=member.tiles,
         )
 
     def ended(self, member: Member, error: Exception) -> EpochReport:

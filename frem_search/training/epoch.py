@@ -6,8 +6,7 @@ import time
 import torch
 from torch import Tensor
 
-from frem_search.data.augment import turn_and_flip
-from frem_search.data.batches import EpochBatches
+from frem_search.batch import Batch
 from frem_search.losses import Loss
 from frem_search.metrics import Score
 from frem_search.networks import enhancement
@@ -16,25 +15,23 @@ from frem_search.training.evaluate import precision_context
 from frem_search.training.member import EpochReport, Member
 
 
-def train_alone(member: Member, batches: EpochBatches, *, loss: Loss, precision: str) -> tuple[Tensor, Features | None]:
+def train_alone(member: Member, epoch: Batch, *, loss: Loss, precision: str) -> tuple[Tensor, Features | None]:
     """Run the steps of one epoch without waiting for the device; return mean loss and mean feature magnitudes.
 
     Args:
-        member: Its enhanced maps redrawn.
-        batches: Of its epoch.
+        member: As `Cohort.begin_epoch` left it.
+        epoch: Its batches.
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
     """
-    device = member.data.device
-    indices, flags = torch.from_numpy(batches.indices).to(device), torch.from_numpy(batches.flags).to(device)
     coefficients = loss_weights(member)
-    total, features = torch.zeros((), device=device), []
+    total, features = torch.zeros((), device=member.data.device), []
     member.network.train()
-    for index, flag in zip(indices, flags, strict=True):
-        step_loss, magnitudes = step(member, index, flag, coefficients, loss=loss, precision=precision)
+    for i in range(epoch.n_steps):
+        step_loss, magnitudes = step(member, epoch.step(i), coefficients, loss=loss, precision=precision)
         total += step_loss
         features.append(magnitudes)
-    return total / len(indices), _mean_features(features)
+    return total / epoch.n_steps, _mean_features(features)
 
 
 def loss_weights(member: Member) -> dict[str, Tensor]:
@@ -43,25 +40,20 @@ def loss_weights(member: Member) -> dict[str, Tensor]:
 
 
 def step(
-    member: Member, index: Tensor, flag: Tensor, coefficients: dict[str, Tensor], *, loss: Loss, precision: str
+    member: Member, batch: Batch, coefficients: dict[str, Tensor], *, loss: Loss, precision: str
 ) -> tuple[Tensor, Features | None]:
     """Train on one batch; return its loss and feature magnitudes.
 
     Args:
         member: Its network in training mode.
-        index: Positions among the training images [batch].
-        flag: Transpose, flip rows, flip columns [batch 3].
+        batch: What to train on.
         coefficients: The loss's.
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
     """
-    part = member.data.train
-    image, target = part.images[index], part.labels[index]
-    if member.has_augmentation:
-        image, target = turn_and_flip(image, target, flag)
     with precision_context(member.data.device, precision):
-        output = member.network(image)
-        value = loss.function(output, target, coefficients)
+        output = member.network(batch.image)
+        value = loss.function(output, batch, coefficients)
     member.optimizer.zero_grad(set_to_none=True)
     value.backward()
     member.optimizer.step()

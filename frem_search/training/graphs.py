@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from frem_search.data.batches import EpochBatches
-from frem_search.metrics import Score
+from frem_search.batch import Batch
+from frem_search.metrics import METRICS, Score
 from frem_search.output import Features
 from frem_search.training.epoch import end_epoch, loss_weights, step
+from frem_search.training.evaluate import predict
 from frem_search.training.member import EpochReport, Member
 
 if TYPE_CHECKING:
@@ -29,15 +30,26 @@ def train_epoch_graphed(cohort: "Cohort", graphs: Sequence["Graphed"]) -> list[E
             if i < graph.n_steps:
                 graph.step()
     results = [graph.end() for graph in graphs]
-    # Each item() waits for that member's stream alone.
     return [
-        end_epoch(graph.member, train_loss=loss.item(), features=features, score=score, started=started)
-        for graph, (loss, features, score) in zip(graphs, results, strict=True)
+        _report(cohort, graph, loss, features, started=started)
+        for graph, (loss, features) in zip(graphs, results, strict=True)
     ]
+
+
+def _report(
+    cohort: "Cohort", graph: "Graphed", loss: Tensor, features: Features | None, *, started: float
+) -> EpochReport:
+    """Wait for a member's stream alone and end its epoch; what its metric raises on the CPU ends that member."""
+    try:
+        return end_epoch(graph.member, train_loss=loss.item(), features=features, score=graph.score(), started=started)
+    except Exception as error:  # noqa: BLE001 whatever the code of a metric raises
+        return cohort.ended(graph.member, error)
 
 
 class Graphed:
     """A member whose step and validation were captured; its network, optimizer and buffers are changed in place.
+
+    Of a metric that runs on the CPU, only the prediction is captured: a graph cannot wait for the device.
 
     Args:
         cohort: Whose loss, metric and precision are captured.
@@ -47,14 +59,14 @@ class Graphed:
     def __init__(self, cohort: "Cohort", member: Member) -> None:
         self.member, self._cohort = member, cohort
         device = member.data.device
-        batches = cohort.begin_epoch(member)
-        self.n_steps = len(batches.indices)
-        self._indices, self._flags = (torch.from_numpy(each).to(device) for each in batches)
+        self._epoch = cohort.begin_epoch(member)  # what the graph reads; the next epochs are copied into it
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._coefficients = loss_weights(member)
         self._total = torch.zeros((), device=device)
         self._sums: list[Tensor] = []
+        self._metric = METRICS[cohort.metric]
         self._score: Score
+        self._pred: Tensor
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         before = _state(member)
@@ -66,10 +78,15 @@ class Graphed:
             torch.cuda.current_stream(device).wait_stream(self._stream)
             _restore(member, before)
 
-    def begin(self, batches: EpochBatches) -> None:
+    @property
+    def n_steps(self) -> int:
+        """How many steps an epoch has."""
+        return self._epoch.n_steps
+
+    def begin(self, epoch: Batch) -> None:
         """Take the batches of an epoch, and let the stream wait for them."""
-        for held, new in zip((self._indices, self._flags), batches, strict=True):
-            held.copy_(torch.from_numpy(new))
+        for held, new in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
+            held.copy_(new)
         for each in (self._position, self._total, *self._sums):
             each.zero_()
         self._stream.wait_stream(torch.cuda.current_stream(self.member.data.device))
@@ -78,20 +95,26 @@ class Graphed:
         """Train on the next batch, not waiting for the device."""
         self._replay_step(self._stream)
 
-    def end(self) -> tuple[Tensor, Features | None, Score]:
-        """Validate; return mean loss, mean feature magnitudes and score, for the caller's stream to read."""
+    def end(self) -> tuple[Tensor, Features | None]:
+        """Validate; return mean loss and mean feature magnitudes, for the caller's stream to read."""
         self._replay_validation(self._stream)
         torch.cuda.current_stream(self.member.data.device).wait_stream(self._stream)
         features = Features(*(each / self.n_steps for each in self._sums)) if self._sums else None
-        return self._total / self.n_steps, features, self._score
+        return self._total / self.n_steps, features
+
+    def score(self) -> Score:
+        """Return the score of the last validation, for the caller's stream to read."""
+        if self._metric.on_device:
+            return self._score
+        data = self.member.data
+        return self._metric.function(self._pred, data.val.labels, n_classes=data.n_classes)
 
     def _step(self) -> None:
-        # index_select, because an index of no dimension would be read back.
-        index, flag = (each.index_select(0, self._position)[0] for each in (self._indices, self._flags))
+        batch = self._epoch.step_at(self._position)
         # Round to the first again: the warm-up makes more steps than an epoch of a single batch has.
         self._position.add_(1).remainder_(self.n_steps)
         loss, features = step(
-            self.member, index, flag, self._coefficients, loss=self._cohort.loss, precision=self._cohort.precision
+            self.member, batch, self._coefficients, loss=self._cohort.loss, precision=self._cohort.precision
         )
         self._total += loss
         for held, value in zip(self._sums_like(features), features or (), strict=True):
@@ -103,7 +126,17 @@ class Graphed:
         return self._sums
 
     def _validate(self) -> None:
-        self._score = self._cohort.validate(self.member)
+        if self._metric.on_device:
+            self._score = self._cohort.validate(self.member)
+            return
+        member = self.member
+        self._pred = predict(
+            member.network,
+            member.data.val.images,
+            precision=self._cohort.precision,
+            takes=self._metric.takes,
+            tiles=member.tiles,
+        )
 
 
 def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[torch.cuda.Stream], None]:

@@ -1,14 +1,16 @@
 """One trial in training: its network, optimizer, images, progress and best weights so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frem_search.data.augment import Augmentation
 from frem_search.training.resident import ResidentData
+from frem_search.training.schedule import Schedule, factor_at
 
 CURVE_COLUMNS = (
     "epoch", "train_loss", "score", "best_score", "per_class", "bottleneck", "skip", "enhanced_sum", "other_sum",
@@ -18,28 +20,41 @@ CURVE_COLUMNS = (
 
 @dataclass(eq=False)
 class Member:
-    """A trial of a cohort.
+    """What trains in a cohort: a trial, or one fold of it.
 
     Args:
-        key: By which the caller knows it: the trial's number.
+        key: By which the caller knows it.
         network: On the training device.
         data: The fold's images, on the same device.
         coefficients: What the loss weighs its terms with.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam, before the schedule's factor.
         batch_size: Images in a step.
         n_epochs: When it is done.
-        has_augmentation: Whether images are turned and flipped.
+        fold: Which one the images are of.
+        augmentation: What happens to images before they are trained on.
+        weight_decay: Of Adam: this times the weight is added to its gradient.
+        schedule: By what the learning rate is multiplied, from which epoch on.
+        patience: After how many epochs without a better score it is done; None is never.
+        steps_per_epoch: None is one pass over all images.
+        tiles: Into how many bands of regions, and regions of a band, an image is cut to be predicted.
     """
 
-    key: int
+    key: Hashable
     network: nn.Module
     data: ResidentData
     coefficients: Mapping[str, float]
     learning_rate: float
     batch_size: int
     n_epochs: int
-    has_augmentation: bool = True
+    fold: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    weight_decay: float = 0.0
+    schedule: Schedule = ()
+    patience: int | None = None
+    steps_per_epoch: int | None = None
+    tiles: int = 1
     epoch: int = 0  # epochs done
+    is_waiting: bool = False  # for other folds of its trial
     has_ended: bool = False  # before its time: its loss was no number, or its code raised
     best_score: float = -math.inf
     best_epoch: int = 0
@@ -49,22 +64,46 @@ class Member:
 
     def __post_init__(self) -> None:
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        is_cuda = self.data.device.type == "cuda"
+        # On CUDA a tensor: a CUDA graph of the optimizer's step would replay a number as it was when it was captured.
+        self._rate = torch.tensor(self.learning_rate, device=self.data.device) if is_cuda else None
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
-            lr=self.learning_rate,
+            lr=self.learning_rate if self._rate is None else self._rate,
+            weight_decay=self.weight_decay,
             fused=True,
-            capturable=self.data.device.type == "cuda",  # so that a CUDA graph may hold its step
+            capturable=is_cuda,  # so that a CUDA graph may hold its step
         )
 
     @property
+    def rate(self) -> float:
+        """The learning rate of the epoch that comes."""
+        return self.learning_rate * factor_at(self.schedule, self.epoch + 1)
+
+    def set_learning_rate(self) -> None:
+        """Give the optimizer the learning rate of the epoch that comes."""
+        (group,) = self.optimizer.param_groups
+        if self._rate is None:
+            group["lr"] = self.rate
+        else:  # also after a checkpoint, which brings a number or a tensor of its own
+            group["lr"] = self._rate.fill_(self.rate)
+
+    @property
     def is_done(self) -> bool:
-        """Whether all epochs are done."""
-        return self.epoch >= self.n_epochs
+        """Whether all epochs are done, or so many brought no better score that it has come to its end."""
+        is_stuck = self.patience is not None and self.epoch - self.best_epoch >= self.patience
+        return self.epoch >= self.n_epochs or is_stuck
+
+    @property
+    def images_per_epoch(self) -> int:
+        """How many training images an epoch has, those not counted that only fill its last batch."""
+        n_images = len(self.data.train)
+        return n_images if self.steps_per_epoch is None else self.steps_per_epoch * min(self.batch_size, n_images)
 
     @property
     def is_active(self) -> bool:
-        """Whether there is anything left to train."""
-        return not (self.is_done or self.has_ended)
+        """Whether there is anything left to train now."""
+        return not (self.is_done or self.has_ended or self.is_waiting)
 
     def keep_weights(self) -> None:
         """Remember the weights as they are now."""
@@ -87,7 +126,7 @@ class EpochReport:
         error: What the member's network, loss or metric raised; it cannot go on, and the numbers say nothing.
     """
 
-    key: int
+    key: Any
     epoch: int
     train_loss: float
     score: float

@@ -1,32 +1,30 @@
 """Several members trained side by side as one computation, for as long as one epoch."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from frem_search.data.augment import turn_and_flip
-from frem_search.data.batches import EpochBatches
+from frem_search.batch import Batch
 from frem_search.losses import Loss
 from frem_search.output import Features
 from frem_search.training.evaluate import precision_context
 from frem_search.training.member import Member
-from frem_search.training.resident import Part
 from frem_search.training.stacked_adam import StackedAdam, stack, unstack
 from frem_search.training.stacked_kernels import SideBySide
 
 
 def stack_key(member: Member) -> Hashable:
-    """Return what members must have in common to be stacked: images, every shape, and the loss's coefficients."""
+    """Return what members must have in common to be stacked: every shape, and the loss's coefficients."""
     shapes = tuple((name, tuple(value.shape)) for name, value in member.network.state_dict().items())
-    return type(member.network), id(member.data), shapes, member.batch_size, tuple(sorted(member.coefficients))
+    epoch = member.data.train.images.shape, member.batch_size, member.steps_per_epoch, member.augmentation.crop_size
+    return type(member.network), shapes, epoch, tuple(sorted(member.coefficients))
 
 
 def train_stacked(
     members: Sequence[Member],
-    batches: Sequence[EpochBatches],
+    epoch: Batch,
     *,
     loss: Loss,
     precision: str,
@@ -37,8 +35,8 @@ def train_stacked(
     goes wrong. No number of one member reaches another.
 
     Args:
-        members: Of one `stack_key`, their enhanced maps redrawn; they may differ in everything else.
-        batches: Of each member's epoch.
+        members: Of one `stack_key`, as `Cohort.begin_epoch_stacked` left them; they may differ in everything else.
+        epoch: Their batches: (steps, b, ...) if they are the same for all, else (steps, members, b, ...).
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
 
@@ -47,11 +45,10 @@ def train_stacked(
     """
     params, buffers = _stacked_state(members)
     optimizer = StackedAdam(members, list(params.values()))
-    data = members[0].data
-    step_all = _step_all(members, loss=loss, device=data.device, precision=precision)
+    step_all = _step_all(members, loss=loss, device=members[0].data.device, precision=precision)
     seen = []
-    for image, target in _batches(members, batches, data.train):
-        losses, *features = step_all(params, buffers, image, target)
+    for i in range(epoch.n_steps):
+        losses, *features = step_all(params, buffers, epoch.step(i))
         # The sum, so that a member's gradient is its own loss's; that of a sum is 1 even if another loss is no number.
         losses.sum().backward()
         optimizer.step()
@@ -84,7 +81,7 @@ def _step_all(
     loss: Loss,
     device: torch.device,
     precision: str,
-) -> Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor], tuple[Tensor, ...]]:
+) -> Callable[[dict[str, Tensor], dict[str, Tensor], Batch], tuple[Tensor, ...]]:
     """Return a function of stacked parameters and buffers and a batch: all losses and feature magnitudes."""
     network = members[0].network.train()
     coefficients = {
@@ -92,36 +89,15 @@ def _step_all(
         for name in members[0].coefficients
     }
 
-    def step_one(
-        state: tuple[dict[str, Tensor], ...], weights: dict[str, Tensor], image: Tensor, target: Tensor
-    ) -> tuple[Tensor, ...]:
-        output = functional_call(network, state, (image,))
-        return loss.function(output, target, weights), *(output.features or ())
+    def step_one(state: tuple[dict[str, Tensor], ...], weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, ...]:
+        output = functional_call(network, state, (batch.image,))
+        return loss.function(output, batch, weights), *(output.features or ())
 
-    def step_all(
-        params: dict[str, Tensor], buffers: dict[str, Tensor], image: Tensor, target: Tensor
-    ) -> tuple[Tensor, ...]:
+    def step_all(params: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> tuple[Tensor, ...]:
         # Images of four dimensions are the same for all.
-        of_images = 0 if image.ndim == 5 else None
+        own = 0 if batch.image.ndim == 5 else None
+        of_batch = Batch(*(None if each is None else own for each in batch))  # type: ignore[arg-type]
         with precision_context(device, precision), SideBySide():
-            return vmap(step_one, in_dims=(0, 0, of_images, of_images))((params, buffers), coefficients, image, target)
+            return vmap(step_one, in_dims=(0, 0, of_batch))((params, buffers), coefficients, batch)
 
     return step_all
-
-
-def _batches(members: Sequence[Member], batches: Sequence[EpochBatches], data: Part) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels of each step: (b, ...) where all members have the same, else (members, b, ...)."""
-    indices = np.stack([each.indices for each in batches], axis=1)  # [steps members batch]
-    has_augmentation = np.array([member.has_augmentation for member in members])
-    flags = np.stack([each.flags for each in batches], axis=1) & has_augmentation[:, None, None]
-    is_shared = (indices == indices[:, :1]).all() and (flags == flags[:, :1]).all()
-    n = 1 if is_shared else len(members)
-    shape = (n, indices.shape[2])
-    device = data.images.device
-    rows = torch.from_numpy(indices[:, :n].reshape(len(indices), -1)).to(device)
-    turns = torch.from_numpy(flags[:, :n].reshape(len(indices), -1, 3)).to(device)
-    for row, turn in zip(rows, turns, strict=True):
-        image, target = data.images[row], data.labels[row]
-        if has_augmentation.any():
-            image, target = turn_and_flip(image, target, turn)
-        yield (image, target) if is_shared else (image.unflatten(0, shape), target.unflatten(0, shape))

@@ -13,10 +13,10 @@ STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 class StackedAdam:
-    """The optimizers of members that may differ in learning rate and in steps done.
+    """The optimizers of members that may differ in learning rate, weight decay and steps done.
 
     Adam is element-wise, so that each number is the one the member's own optimizer would have come to. Members of one
-    learning rate are one call.
+    learning rate and weight decay are one call.
 
     Args:
         members: Whose optimizers are continued; only `write_back` changes them.
@@ -30,24 +30,23 @@ class StackedAdam:
             part: [stack([state[part] for state in states]) for states in zip(*self._own, strict=True)]
             for part in STATE
         }
-        self._slots: defaultdict[float, list[int]] = defaultdict(list)
+        slots: defaultdict[tuple[float, float], list[int]] = defaultdict(list)
         for slot, member in enumerate(members):
-            self._slots[member.optimizer.param_groups[0]["lr"]].append(slot)
+            slots[member.rate, member.weight_decay].append(slot)
+        self._slots = list(slots.values())
         self._lists = [_by_slots(values, self._slots) for values in (params, *self._states.values())]
 
     @torch.no_grad()
     def step(self) -> None:
         """Let all parameters follow their gradients, and forget these."""
-        group = self._members[0].optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
         # No parameter is without a gradient: tests/test_networks.py holds every network to that.
         grads = _by_slots([each.grad for each in self._params], self._slots)  # type: ignore[misc]
-        for learning_rate, of_grads, params, exp_avgs, exp_avg_sqs, steps in zip(
-            self._slots, grads, *self._lists, strict=True
-        ):
+        for slots, of_grads, params, exp_avgs, exp_avg_sqs, steps in zip(self._slots, grads, *self._lists, strict=True):
+            group = self._members[slots[0]].optimizer.param_groups[0]
+            beta1, beta2 = group["betas"]
             adam(
                 params, of_grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-                lr=learning_rate, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
         for each in self._params:
             each.grad = None
@@ -86,7 +85,7 @@ def _state(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
     return {"step": step, "exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
 
 
-def _by_slots(stacked: Sequence[Tensor], slots: dict[float, list[int]]) -> list[list[Tensor]]:
+def _by_slots(stacked: Sequence[Tensor], slots: list[list[int]]) -> list[list[Tensor]]:
     """Return for each group of slots the members' parts of all tensors."""
     parts = [each.detach().unbind() for each in stacked]
-    return [[part[slot] for slot in group for part in parts] for group in slots.values()]
+    return [[part[slot] for slot in group for part in parts] for group in slots]

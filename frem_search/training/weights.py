@@ -15,7 +15,7 @@ from frem_search.metrics import METRICS
 from frem_search.networks import build_network
 from frem_search.training.device import make_repeatable
 
-FORMAT = 2
+FORMAT = 3
 # What torch.load and the fields of a foreign file stumble over.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError)
 
@@ -33,6 +33,7 @@ class Weights:
         dataset: What it was trained on.
         dataset_fingerprint: Of that dataset's content.
         fold: Which fold of that.
+        n_folds: Of how many in a cross-validation; None takes the folds that the dataset comes with.
         score: The metric that the search maximized.
         precision: In which the network was trained and is to be run.
         study: The study's name.
@@ -49,12 +50,23 @@ class Weights:
     dataset: str
     dataset_fingerprint: str
     fold: int
+    n_folds: int | None
     score: str
     precision: str
     study: str
     trial: int | None
     params: Mapping[str, Any]
     state: Mapping[str, Tensor]
+
+    @property
+    def tiles(self) -> int:
+        """Into how many bands of regions, and regions of a band, images are cut to be predicted."""
+        return int(self.params.get("tiles", 1))
+
+    @property
+    def is_eightfold(self) -> bool:
+        """Whether every labelled image stands for eight, one for each orientation."""
+        return bool(self.params.get("eightfold", False))
 
     def build(self, device: torch.device) -> nn.Module:
         """Return the network, ready to predict, in the memory format in which it was trained."""
