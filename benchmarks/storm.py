@@ -109,6 +109,9 @@ class SlowObjective:
     def trial(self, number: int) -> Slow:
         return self.members[number]
 
+    def train_in_turn(self) -> bool:
+        return False
+
     def save_checkpoint(self, number: int) -> None:
         path = self._folder / f"{number}.{os.getpid()}"
         path.write_text(json.dumps(self.members[number].curve))

@@ -193,6 +193,10 @@ def _key(trainee: Trainee, options: dict[str, Any]) -> str:
     file, dataset = trainee.study_file, trainee.dataset
     parts = {
         "network": file.network,
+        "loss": file.loss,
+        "score": file.score,
+        "n_folds": file.n_folds,
+        "pruner": file.pruner,
         "params": trainee.params,
         "image": list(dataset.images.shape[1:]),
         "n_images": [len(part) for part in vars(dataset.splits[file.folds[0]]).values()],

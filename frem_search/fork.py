@@ -151,7 +151,7 @@ def _plan(study_file: StudyFile, record: StudyRecord, trials: list[FrozenTrial])
         if isinstance(params, str):
             left_out[trial.number] = params
         else:
-            kept.append((trial, _template(study_file.space, trial, params, origin=record)))
+            kept.append((trial, _template(study_file, trial, params, origin=record)))
     if not kept:
         reasons = "; ".join(f"trial {number}: {reason}" for number, reason in list(left_out.items())[:3])
         message = (
@@ -210,15 +210,17 @@ def _is_same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
-def _template(space: Space, trial: FrozenTrial, params: dict[str, Any], *, origin: StudyRecord) -> FrozenTrial:
+def _template(study_file: StudyFile, trial: FrozenTrial, params: dict[str, Any], *, origin: StudyRecord) -> FrozenTrial:
+    has_same_steps = study_file.is_pruned_by_fold == (origin.contract["pruner"]["name"] == "wilcoxon")
     forked_from = {"study": origin.name, "uid": origin.uid, "trial": trial.number}
     template = optuna.trial.create_trial(
         state=trial.state,
         value=trial.value,
         params=params,
-        distributions=distributions(space),
+        distributions=distributions(study_file.space),
         user_attrs=trial.user_attrs | {"forked_from": forked_from},
-        intermediate_values=trial.intermediate_values,
+        # Steps are images where trials are pruned by fold, and epochs elsewhere.
+        intermediate_values=trial.intermediate_values if has_same_steps else None,
     )
     template.datetime_start, template.datetime_complete = trial.datetime_start, trial.datetime_complete
     return template

@@ -86,7 +86,6 @@ def open_worker(
         precision=precision,
         artifacts=Artifacts(artifacts, study.artifacts_prefix),
         study_uid=study.uid,
-        cohort=arrangement.cohort,
         layout=arrangement.layout,
     )
     leases = Leases(

@@ -17,6 +17,7 @@ from frem_search import __version__
 from frem_search.artifacts import Artifacts
 from frem_search.data.augment import Augmentation
 from frem_search.data.dataset import Dataset, load_dataset
+from frem_search.data.orientations import N_ORIENTATIONS
 from frem_search.errors import DeviceMemoryError
 from frem_search.losses import LOSSES
 from frem_search.metrics import METRICS, Score
@@ -65,8 +66,7 @@ class Objective:
         precision: `fp32` or `bf16`.
         artifacts: Where checkpoints, weights and predictions go.
         study_uid: Which stored study the checkpoints belong to.
-        cohort: How many trials train side by side.
-        layout: How they share the device, a name of `LAYOUTS`.
+        layout: How trials, and folds of a trial, share the device, a name of `LAYOUTS`.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Objective:
         precision: str,
         artifacts: Artifacts,
         study_uid: str,
-        cohort: int = 1,
         layout: str = ALONE,
     ) -> None:
         self._file, self._dataset, self._device, self._precision = study_file, dataset, device, precision
         self._artifacts, self._study_uid = artifacts, study_uid
         self._datasets = {first_image_size(study_file): dataset}
-        self._data: dict[Any, ResidentData] = {}
+        self._data: dict[Any, Mapping[int, ResidentData]] = {}
         self._cohort = Cohort(loss=study_file.loss, metric=study_file.score, precision=precision, seed=self.seed)
         self._trials: dict[int, Folds] = {}
-        self._n_members, self._layout = cohort, layout
+        self._layout = layout
         self._params: dict[int, dict[str, Any]] = {}
+        self._beside: dict[int, int] = {}  # how many trials at most, a trial itself counted, trained with it
         check_dataset(study_file, dataset)
         make_repeatable(device)
         use_cores(layout)
@@ -112,6 +112,7 @@ class Objective:
         if not is_usable:
             self._artifacts.set_aside(f"{number}/{CHECKPOINT}")
         self._trials[number] = trial
+        self._beside |= {each: max(self._beside.get(each, 0), len(self._trials)) for each in self._trials}
         for member in trial.training():
             self._cohort.admit(member)
         return trial
@@ -120,7 +121,7 @@ class Objective:
         """Return a fold of a trial as it begins: images on the device, untrained network, optimizer."""
         split = split_params(self._file, params)
         training = split.training
-        data = self._load(training, fold=fold)
+        data = self._load(training)[fold]
         network = build_network(
             self._file.network,
             in_channels=data.in_channels,
@@ -156,27 +157,41 @@ class Objective:
                 number, fold = report.key
                 trial = self._trials[number]
                 member = trial.members[self._file.folds.index(fold)]
-                if trial.in_sequence and report.is_done:
-                    self._end_fold(trial, member)
+                if trial.in_sequence and report.is_done and report.is_finite:
+                    report = self._end_fold(trial, member) or report
                 told = trial.report(report, member)
                 if told is not None:
                     yield told
 
-    def _end_fold(self, trial: Folds, member: Member) -> None:
-        """Score a fold's validation images one by one, and let the next fold begin."""
-        member.network.load_state_dict(member.best_weights)
-        metric, part = METRICS[self._file.score], member.data.val
-        pred, _ = self._score(member, part, self._file.score)
-        scores = [
-            metric.function(pred[i : i + 1], part.labels[i : i + 1], n_classes=member.data.n_classes).value.item()
-            for i in range(len(part))
-        ]
-        trial.image_scores += grouped(
-            [0.0 if score != score else score for score in scores], most=MOST_IMAGE_SCORES // len(trial.members)
-        )
+    def _end_fold(self, trial: Folds, member: Member) -> EpochReport | None:
+        """Score a fold's validation images one by one and let the next fold begin; return the report of an error."""
+        try:
+            scores = self._image_scores(trial, member)
+        except Exception as error:  # noqa: BLE001 whatever the code of a metric raises
+            return self._cohort.ended(member, error)
+        trial.image_scores += grouped(scores, most=max(1, MOST_IMAGE_SCORES // len(trial.members)))
         self._cohort.release(member.key)
         for following in trial.training():
             self._cohort.admit(following)
+        return None
+
+    def _image_scores(self, trial: Folds, member: Member) -> list[float]:
+        """Return the score of each validation image, with the weights of the best epoch; of none as worst as can be.
+
+        The orientations of an image are one image: they are no evidence of their own.
+        """
+        member.network.load_state_dict(member.best_weights)
+        part, metric = member.data.val, METRICS[self._file.score]
+        pred, labels = self._predict(member, part, metric.takes), part.labels
+        n_classes = member.data.n_classes
+        scores = [
+            metric.function(pred[i : i + 1], labels[i : i + 1], n_classes=n_classes).value.item()
+            for i in range(len(part))
+        ]
+        n_orientations = N_ORIENTATIONS if self._is_eightfold(trial.number) else 1
+        n_images = len(scores) // n_orientations
+        worst_for_nan = [0.0 if score != score else score for score in scores]
+        return [sum(worst_for_nan[i::n_images]) / n_orientations for i in range(n_images)]
 
     def trial(self, number: int) -> Folds:
         """Return a trial in training."""
@@ -226,10 +241,14 @@ class Objective:
         """Return the prediction of some images, and a score of it."""
         metric = METRICS[name]
         with self._memory_errors():
-            pred = predict(
-                member.network, part.images, precision=self._precision, takes=metric.takes, tiles=member.tiles
-            )
+            pred = self._predict(member, part, metric.takes)
             return pred, metric.function(pred, part.labels, n_classes=member.data.n_classes)
+
+    def _predict(self, member: Member, part: Part, takes: str) -> torch.Tensor:
+        return predict(member.network, part.images, precision=self._precision, takes=takes, tiles=member.tiles)
+
+    def _is_eightfold(self, number: int) -> bool:
+        return split_params(self._file, self._params[number]).training.eightfold
 
     def _place(self, number: int, fold: int) -> str:
         return place(number, None if self._file.n_folds is None else fold)
@@ -237,6 +256,7 @@ class Objective:
     def release(self, number: int) -> None:
         """Let a trial go, finished or not, if it was admitted."""
         if self._params.pop(number, None) is not None:
+            del self._beside[number]
             for member in self._trials.pop(number).members:
                 if self._cohort.holds(member):
                     self._cohort.release(member.key)
@@ -254,12 +274,12 @@ class Objective:
             "host": platform.node(),
             "precision": self._precision,
             "seed": self.seed,
-            "cohort": self._n_members,
+            "cohort": self._beside[number],
             "layout": self._layout,
             "seconds": round(sum(trial.curve["seconds"]), 3),
             "images": sum(member.epoch * member.images_per_epoch for member in trial.members),
             "peak_memory_mb": peak_mb,
-            "peak_memory_mb_per_member": round(peak_mb / self._n_members),
+            "peak_memory_mb_per_member": round(peak_mb / (self._beside[number] * trial.n_beside)),
         }
 
     def discard(self, number: int, *, weights: bool) -> None:
@@ -268,6 +288,12 @@ class Objective:
         if weights:
             for fold in self._file.folds:
                 self._artifacts.remove(f"{self._place(number, fold)}/{WEIGHTS}")
+
+    def train_in_turn(self) -> bool:
+        """Let the folds of a trial train one after another from now on, for want of memory; tell if that changes it."""
+        is_other = self._layout != ALONE and len(self._file.folds) > 1
+        self._layout = ALONE
+        return is_other
 
     @property
     def searches_shapes(self) -> bool:
@@ -303,22 +329,22 @@ class Objective:
         self._artifacts.write(f"{number}/{PICTURE}", picture)
         return artifact_attrs(self._study_uid, number)
 
-    def _load(self, training: TrainingParams, *, fold: int) -> ResidentData:
-        """Return the images as a trial wants them on the device, where all members that want them so share them."""
+    def _load(self, training: TrainingParams) -> Mapping[int, ResidentData]:
+        """Return the images as a trial wants them on the device, by fold; all that want them so share them."""
         size = training.image_size
-        key = size, fold, training.tiles, training.eightfold
+        key = size, training.tiles, training.eightfold
         if key not in self._data:
             # Before the next images are loaded: the device may not have room for two sizes.
-            used = [member.data for trial in self._trials.values() for member in trial.members]
+            used = [trial.members[0].data for trial in self._trials.values()]
             self._data = {
-                each: data for each, data in self._data.items() if each[0] == size or any(data is one for one in used)
+                each: folds for each, folds in self._data.items() if any(folds[self._file.folds[0]] is u for u in used)
             }
             if size not in self._datasets:
                 self._datasets[size] = load_dataset(self._file.dataset, image_size=size, n_folds=self._file.n_folds)
             training.check_size(*self._datasets[size].labels.shape[1:])
             self._data[key] = load_resident(
                 self._datasets[size],
-                fold=fold,
+                folds=self._file.folds,
                 device=self._device,
                 tiles=training.tiles,
                 is_eightfold=training.eightfold,
@@ -382,14 +408,14 @@ def place(number: int, fold: int | None) -> str:
 def _mean_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the means over folds of their scores, and each fold's own."""
     whole: dict[str, Any] = {}
-    for part in (part for part in ("val", "test") if part in results[0]):
+    for part in (part for part in ("val", "test") if all(part in result for result in results)):
         scores = [result[part] for result in results]
         classes = {name: mean([each["per_class"][name] for each in scores]) for name in scores[0]["per_class"]}
         values = {name: mean([each[name] for each in scores]) for name in scores[0] if name != "per_class"}
         whole[part] = values | {"per_class": classes}
     if "extra" in results[0]:
         whole["extra"] = {
-            name: {part: mean([result["extra"][name][part] for result in results]) for part in parts}
+            name: {part: mean([result["extra"][name][part] for result in results]) for part in parts if part in whole}
             for name, parts in results[0]["extra"].items()
         }
     return whole | {"folds": [dict(result) for result in results]}

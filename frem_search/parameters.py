@@ -1,8 +1,9 @@
 """The parameters of a trial, given to those whom they concern; and a whole study checked for what they take."""
 
 import inspect
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeGuard
@@ -183,14 +184,18 @@ def check(study_file: StudyFile) -> None:
     Raises:
         StudyFileError: The message names file, key, what was expected and what was got.
     """
-    scores = [("score", study_file.score), *(("extra_scores", name) for name in study_file.extra_scores)]
-    for key, name, known in (("loss", study_file.loss, LOSSES), *((*score, METRICS) for score in scores)):
+    named: list[tuple[str, str, Collection[str]]] = [
+        ("loss", study_file.loss, LOSSES),
+        ("score", study_file.score, METRICS),
+    ]
+    named += [("extra_scores", name, METRICS) for name in study_file.extra_scores]
+    for key, name, known in named:
         if name not in known:
             message = f"{study_file.path}: {key}: expected one of {', '.join(known)}, but got {name!r}."
             raise StudyFileError(message)
     try:
-        for params in corners(study_file.space):
-            _check_corner(study_file, params)
+        for of_network in _networks(study_file):
+            _build(study_file, of_network)
         _check_coefficients(study_file)
     except StudyFileError:
         raise
@@ -202,12 +207,22 @@ def check(study_file: StudyFile) -> None:
         raise StudyFileError(message) from None
 
 
-def _check_corner(study_file: StudyFile, params: Mapping[str, Any]) -> None:
-    split = split_params(study_file, params)
+def _networks(study_file: StudyFile) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of the network at the corners of the space, each combination once."""
+    known = set()
+    for params in corners(study_file.space):
+        of_network = split_params(study_file, params).network
+        spelled = json.dumps(of_network, sort_keys=True, default=str)
+        if spelled not in known:  # most corners differ in what concerns training and loss
+            known.add(spelled)
+            yield of_network
+
+
+def _build(study_file: StudyFile, of_network: Mapping[str, Any]) -> None:
     try:
-        build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network, device="meta")
+        build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=of_network, device="meta")
     except (RuntimeError, OverflowError) as error:
-        message = f"{study_file.path}: params: expected sizes that a tensor can have, but got {split.network}: {error}."
+        message = f"{study_file.path}: params: expected sizes that a tensor can have, but got {of_network}: {error}."
         raise StudyFileError(message) from None
 
 
@@ -262,13 +277,13 @@ def check_dataset(study_file: StudyFile, dataset: Dataset) -> None:
 
 def searches_shapes(study_file: StudyFile) -> bool:
     """Whether trials of a study differ in the shape of a tensor, so that one may need more memory than another."""
-    shapes = set()
-    for params in corners(study_file.space):
-        split = split_params(study_file, params)
-        network = build_network(
-            study_file.network, in_channels=1, n_classes=2, seed=0, params=split.network, device="meta"
-        )
-        weights = tuple(tuple(value.shape) for value in network.state_dict().values())
-        training = split.training
-        shapes.add((training.image_size, training.crop_size, training.tiles, training.batch_size, weights))
-    return len(shapes) > 1
+    of_training = {
+        (training.image_size, training.crop_size, training.tiles, training.batch_size)
+        for training in (split_params(study_file, params).training for params in corners(study_file.space))
+    }
+    networks = (
+        build_network(study_file.network, in_channels=1, n_classes=2, seed=0, params=of_network, device="meta")
+        for of_network in _networks(study_file)
+    )
+    of_weights = {tuple(tuple(value.shape) for value in network.state_dict().values()) for network in networks}
+    return len(of_training) > 1 or len(of_weights) > 1

@@ -9,15 +9,17 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from frem_search.abreast import do_abreast
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.data.folds import Split
+from frem_search.data.orientations import N_ORIENTATIONS
 from frem_search.errors import FremSearchError
 from frem_search.objective import Objective
-from frem_search.parameters import TrainingParams
+from frem_search.parameters import TrainingParams, split_params
 from frem_search.space import corners
 from frem_search.study_file import StudyFile
 from frem_search.training.device import cpu_threads
@@ -81,11 +83,21 @@ class Trainee:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters at a corner of the space: where shapes are searched, one of the largest."""
-        sized = ("base_channels", "depth", "batch_size")
+        sized = ("base_channels", "depth", "batch_size", "crop_size", "image_size")
         return max(
             itertools.islice(corners(self.study_file.space), 64),
-            key=lambda params: [params.get(name, 0) for name in sized],
+            key=lambda params: [np.prod(params.get(name) or 0) for name in sized],
         )
+
+    @property
+    def images_per_trial(self) -> int:
+        """Training images of all epochs and folds of a trial, those not counted that only fill a last batch."""
+        file, training = self.study_file, split_params(self.study_file, self.params).training
+        n_copies = training.tiles**2 * (N_ORIENTATIONS if training.eightfold else 1)
+        sizes = [n_copies * len(self.dataset.splits[fold].train) for fold in file.folds]
+        if training.steps_per_epoch is not None:
+            sizes = [training.steps_per_epoch * min(training.batch_size, n) for n in sizes]
+        return file.n_epochs * sum(sizes)
 
     def shortened(self) -> "Trainee":
         """Return the same with no more images than two batches need, so that an epoch is short on any machine."""
@@ -143,12 +155,11 @@ def _train(trainee: Trainee, arrangement: Arrangement, seconds: float, wait: Cal
         precision=trainee.precision,
         artifacts=Artifacts("memory://", uuid.uuid4().hex),
         study_uid="",
-        cohort=arrangement.cohort,
         layout=arrangement.layout,
     )
     for number in range(arrangement.cohort):
         objective.admit(number, trainee.params | {"patience": None})  # it trains for as long as it is timed
-    n_images = sum(member.images_per_epoch for member in objective.trial(0).members)
+    n_images = sum(member.images_per_epoch for member in objective.trial(0).training())
     with closing(objective.epochs()) as reports:
         _take(reports, arrangement.cohort)
         wait()

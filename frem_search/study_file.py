@@ -206,8 +206,9 @@ class _Reader:
         self.known(budget, "budget.", ("n_trials", "n_epochs"))
         n_folds, space = self.folds(table), parse_space(params, where=f"{self.path}: params")
         sampler = self.sampler(self.table(table, "sampler"))
-        if sampler.name == "grid" and (ranges := [name for name, param in space.items() if isinstance(param, Range)]):
-            self.wrong(f"params.{ranges[0]}", "expected a choice, as grid tries them all, but got a range. List values.")
+        ranges = [name for name, param in space.items() if isinstance(param, Range)]
+        if sampler.name == "grid" and ranges:
+            self.wrong(f"params.{ranges[0]}", "expected a choice, as grid tries all, but got a range. List the values.")
         pruner, settings = self.pruner(self.table(table, "pruner"))
         if pruner == "wilcoxon" and n_folds is None:
             self.wrong("pruner.name", "wilcoxon compares folds, but there is one only. Add [folds] with n = 5, say.")

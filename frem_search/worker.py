@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from frem_search.training.folds import Folds
     from frem_search.training.member import EpochReport
 
+BEHIND_IMAGES = 10**6  # the step of the mean over images, of a trial that is pruned by fold
 MOST_REPORTS = 50  # that Optuna gets of a trial: its intermediate values are what slows a study down
 BUSY_POLL_S = 2.0
 MOST_ERRORS_IN_A_ROW = 3
@@ -45,6 +46,9 @@ class TrialTrainer(Protocol):
 
     def discard(self, number: int, *, weights: bool) -> None:
         """Remove what a finished trial needs no longer."""
+
+    def train_in_turn(self) -> bool:
+        """Use less memory for a single trial; return whether that is possible."""
 
     @property
     def searches_shapes(self) -> bool:
@@ -179,10 +183,10 @@ class Worker:
             # What was trained while the database was away, by a worker that did not live to tell it.
             for step, value in self._owed(held, trial):
                 self._leases.report(held, value, step=step)
-            if held.reported and self._leases.should_prune(held):
-                yield self._prune(held, BELOW_OTHERS)
-            elif trial.is_done:
+            if trial.is_done:  # it was not pruned when it came there
                 yield self._complete(held)
+            elif held.reported and self._leases.should_prune(held):
+                yield self._prune(held, BELOW_OTHERS)
 
     def _train(self) -> Iterator[TrialEvent]:
         """Train the trials of all slots until none is left, and fill slots that become free."""
@@ -275,7 +279,12 @@ class Worker:
         return TrialEvent("complete", held.number, value=outcome.score)
 
     def _prune(self, held: Held, reason: str) -> TrialEvent:
-        value = self._objective.trial(held.number).best_score
+        trial = self._objective.trial(held.number)
+        value = trial.best_score
+        if trial.in_sequence and trial.image_scores:
+            # A pruned trial's last report is its value, by which TPE ranks it: not that of one image.
+            value = sum(trial.image_scores) / len(trial.image_scores)
+            self._leases.report(held, value, step=BEHIND_IMAGES)
         self._tell(held, TrialState.PRUNED, {"reason": reason})
         self._forget(held.number)
         return TrialEvent("pruned", held.number, value=value, reason=reason)
@@ -309,6 +318,11 @@ class Worker:
     def _out_of_memory(self, error: DeviceMemoryError) -> Iterator[TrialEvent]:
         """Halve what trains side by side; a single trial ends if its own shapes need too much, else the worker."""
         numbers = list(self._slots)
+        if len(numbers) == 1 and self._objective.train_in_turn():
+            reason = "out of memory; its folds train in turn from here on"
+            self._let_go(numbers[0], reason=reason)
+            yield TrialEvent("released", numbers[0], reason=reason)
+            return
         if len(numbers) == 1 and self._objective.searches_shapes:
             yield self._end(self._slots[numbers[0]].held, kind="pruned", reason=str(error))
             return

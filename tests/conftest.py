@@ -351,6 +351,9 @@ class DoNothing:
     def trial(self, number):
         return self.members[number]
 
+    def train_in_turn(self):
+        return False
+
     def save_checkpoint(self, number):
         member = self.members[number]
         self.checkpoints[number] = (member.epoch, {name: list(column) for name, column in member.curve.items()})

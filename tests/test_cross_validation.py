@@ -1,15 +1,20 @@
 """Cross-validation: a trial is scored as the mean over folds that train side by side, or one after another."""
 
 import json
+import re
+import shutil
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from frem_search.artifacts import Artifacts
+from frem_search.data.cases import Case
 from frem_search.data.dataset import load_dataset
-from frem_search.data.folds import cyclic_folds
+from frem_search.data.folds import Split, cyclic_folds
+from frem_search.data.nnunet import write_folder
 from frem_search.errors import DatasetError
 from frem_search.metrics import METRICS
 from frem_search.objective import Objective
@@ -24,6 +29,7 @@ from frem_search.training.weights import load_weights
 CPU = torch.device("cpu")
 DRAWN = {"B": 3, "X": 20.0}
 N_FOLDS = 3
+LAYOUTS_HERE = [name for name, layout in LAYOUTS.items() if "cpu" in layout.devices]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +80,9 @@ def one_fold(make_objective, file, fold, tmp_path):
     return alone.finish(0), alone.trial(0).curve
 
 
-@pytest.mark.parametrize(("n", "n_test", "n_val", "n_folds"), [(50, 10, 5, 8), (50, 10, 5, 5), (7, 2, 1, 3), (3, 1, 1, 3)])
+@pytest.mark.parametrize(
+    ("n", "n_test", "n_val", "n_folds"), [(50, 10, 5, 8), (50, 10, 5, 5), (7, 2, 1, 3), (3, 1, 1, 3)]
+)
 def test_cyclic_folds_have_the_sizes_asked_for_and_overlap_evenly(n, n_test, n_val, n_folds):
     cases = [f"case{i:02d}" for i in range(n)]
     folds = cyclic_folds(cases, n_folds=n_folds, n_test=n_test, n_val=n_val, seed=0)
@@ -98,13 +106,21 @@ def test_a_dataset_keeps_its_own_folds_if_it_has_as_many(tiny_dataset):
     assert load_dataset(str(tiny_dataset), image_size=32, n_folds=len(own.splits)).splits == own.splits
 
 
+def test_of_a_dataset_with_more_folds_the_first_are_taken(tmp_path):
+    cases = [Case(f"case{i}", np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)) for i in range(6)]
+    pairs = [(f"case{i}", f"case{i + 1}") for i in (0, 2, 4)]  # kept together, as tiles of a section are
+    own = [Split(train, val, test) for train, val, test in (pairs, pairs[1:] + pairs[:1], pairs[2:] + pairs[:2])]
+    write_folder(tmp_path, cases, class_names=("ground", "cell"), splits=own)
+    assert load_dataset(str(tmp_path), n_folds=2).splits == tuple(own[:2])
+
+
 def test_the_mouse_folds_are_those_of_feedback_u_net():
     dataset = load_dataset("mouse_synthetic", image_size=16, n_folds=8)
     assert [(len(f.train), len(f.val), len(f.test)) for f in dataset.splits] == [(35, 5, 10)] * 8
     assert {case for fold in dataset.splits for case in fold.test} == set(dataset.cases)
 
 
-@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if "cpu" in layout.devices])
+@pytest.mark.parametrize("layout", LAYOUTS_HERE)
 def test_side_by_side_each_fold_is_trained_as_if_it_were_the_only_one(make_objective, study_file, tmp_path, layout):
     trained = make_objective(study_file, layout=layout)
     reports = train(trained, study_file)
@@ -113,9 +129,7 @@ def test_side_by_side_each_fold_is_trained_as_if_it_were_the_only_one(make_objec
     alone = [one_fold(make_objective, study_file, fold, tmp_path) for fold in range(N_FOLDS)]
     tolerance = 2e-3 if layout == "stacked" else 0
     outcome = trained.finish(0)
-    for own, (result, curve), member in zip(
-        outcome.result["folds"], alone, trained.trial(0).members, strict=True
-    ):
+    for own, (result, curve), member in zip(outcome.result["folds"], alone, trained.trial(0).members, strict=True):
         assert member.curve["train_loss"] == pytest.approx(curve["train_loss"], abs=tolerance, rel=0)
         if layout != "stacked":
             assert own == result.result
@@ -187,9 +201,10 @@ def test_folds_that_end_early_count_with_their_best(make_objective, study_file):
 def test_in_sequence_a_fold_begins_when_the_one_before_is_done(make_objective, in_sequence, study_file, tmp_path):
     trained = make_objective(in_sequence)
     trained.admit(0, resolve(in_sequence.space, DRAWN))
-    seen = []
-    for report in trained.epochs():
-        seen.append((report.epoch, [member.epoch for member in trained.trial(0).members], report.is_done))
+    seen = [
+        (report.epoch, [member.epoch for member in trained.trial(0).members], report.is_done)
+        for report in trained.epochs()
+    ]
     assert seen == [
         (1, [1, 0, 0], False), (2, [2, 0, 0], False), (3, [3, 0, 0], False),
         (4, [3, 1, 0], False), (5, [3, 2, 0], False), (6, [3, 3, 0], False),
@@ -243,14 +258,119 @@ def test_an_untrained_trial_has_no_score(make_objective, study_file):
     assert Folds(0, members).best_score == float("-inf")
 
 
-def with_folds(tiny_study, text):
-    tiny_study.write_text(text + tiny_study.read_text())
-    return str(tiny_study)
+@pytest.mark.parametrize("layout", LAYOUTS_HERE)
+@pytest.mark.parametrize("diverging", [0, 2])
+def test_a_fold_whose_loss_is_no_number_ends_the_trial_and_leaves_a_curve(
+    make_objective, study_file, layout, diverging
+):
+    trained = make_objective(study_file, layout=layout)
+    trial = trained.admit(0, resolve(study_file.space, DRAWN))
+    with torch.no_grad():
+        trial.members[diverging].network.head.bias.fill_(torch.nan)
+    report = next(report for report in trained.epochs() if not report.is_finite)
+    assert (report.key, report.error, report.is_done) == (0, None, False)
+    assert len(trial.curve["epoch"]) == trial.epoch == 1
+    assert trained.provenance(0)["seconds"] > 0
+    trained.release(0)
+
+
+def test_in_sequence_a_loss_that_is_no_number_in_the_last_epoch_is_told(make_objective, in_sequence):
+    file = replace(in_sequence, n_epochs=1)
+    trained = make_objective(file)
+    trial = trained.admit(0, resolve(file.space, DRAWN))
+    with torch.no_grad():
+        trial.members[0].network.head.bias.fill_(torch.nan)
+    report = next(report for report in trained.epochs() if not report.is_finite)
+    assert (report.key, report.epoch, report.error) == (0, 1, None)
+    assert trial.image_scores == []
+
+
+def test_in_sequence_what_a_metric_raises_on_one_image_ends_the_trial_alone(make_objective, in_sequence, monkeypatch):
+    whole = METRICS["mean_iou"]
+
+    def fails_on_one(pred, target, *, n_classes):
+        return whole.function(pred, target, n_classes=n_classes) if len(pred) > 1 else 1 / 0
+
+    monkeypatch.setitem(METRICS, "mean_iou", whole._replace(function=fails_on_one))
+    trained = make_objective(in_sequence)
+    for number in (0, 1):
+        trained.admit(number, resolve(in_sequence.space, DRAWN))
+    errors = []
+    for report in trained.epochs():
+        if report.error is not None:
+            errors.append((report.key, type(report.error)))
+            trained.release(report.key)
+    assert errors == [(0, ZeroDivisionError), (1, ZeroDivisionError)]
+
+
+def test_in_sequence_the_orientations_of_an_image_are_one_image(make_objective, in_sequence):
+    trained = make_objective(in_sequence)
+    trial = trained.admit(0, resolve(in_sequence.space, DRAWN) | {"eightfold": True, "augmentation": False})
+    list(trained.epochs())
+    assert len(trial.image_scores) == sum(len(member.data.val) // 8 for member in trial.members)
+    member = trial.members[0]
+    pred = predict(member.network, member.data.val.images, precision="fp32")
+    each = [
+        METRICS["mean_iou"].function(p[None], label[None], n_classes=3).value.item()
+        for p, label in zip(pred, member.data.val.labels, strict=True)
+    ]
+    of_image = [case.rpartition("_")[0] for case in member.data.val.cases]
+    means = [
+        statistics.mean(score for score, of in zip(each, of_image, strict=True) if of == case)
+        for case in dict.fromkeys(of_image)
+    ]
+    assert trial.image_scores[: len(means)] == pytest.approx(means)
+
+
+def test_folds_share_one_copy_of_the_images(make_objective, study_file):
+    trained = make_objective(study_file)
+    trials = [trained.admit(number, resolve(study_file.space, DRAWN)) for number in (0, 1)]
+    data = [member.data for trial in trials for member in trial.members]
+    assert len({id(part.whole) for each in data for part in (each.train, each.val, each.test)}) == 1
+
+
+def test_with_patience_a_trial_is_done_when_its_last_fold_is(make_objective, study_file):
+    file = replace(study_file, n_epochs=30)
+    trained = make_objective(file)
+    trial = trained.admit(0, resolve(file.space, DRAWN) | {"patience": 2, "learning_rate": 1e-9})
+    reports = list(trained.epochs())
+    assert [report.is_done for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert reports[-1].epoch == max(member.epoch for member in trial.members) < 30
+
+
+def test_for_want_of_memory_folds_train_in_turn(make_objective, study_file):
+    trained = make_objective(study_file, layout="stacked")
+    assert trained.train_in_turn()
+    assert not trained.train_in_turn()
+    assert train(trained, study_file)[-1].is_done
+    assert trained.provenance(0)["layout"] == "in_turn"
+    assert not make_objective(replace(study_file, n_folds=None), layout="stacked").train_in_turn()
+
+
+def test_more_folds_than_a_dataset_has_of_its_own_are_refused(tmp_path, tiny_dataset):
+    folder = shutil.copytree(tiny_dataset, tmp_path / "folded")
+    file = folder / "splits_final.json"
+    (own,) = json.loads(file.read_text())
+    swapped = {"train": own["train"][2:] + own["val"], "val": own["train"][:2], "test": own["test"]}
+    file.write_text(json.dumps([own, swapped]))
+    assert len(load_dataset(str(folder), image_size=16, n_folds=2).splits) == 2
+    with pytest.raises(DatasetError, match="expected at most 2 folds, those of the dataset, but got 3"):
+        load_dataset(str(folder), image_size=16, n_folds=3)
+
+
+def test_images_for_testing_only_test_in_every_fold(tmp_path, tiny_dataset):
+    folder = shutil.copytree(tiny_dataset, tmp_path / "held")
+    for part, ending in (("images", "_0000.png"), ("labels", ".png")):
+        (folder / f"{part}Ts").mkdir()
+        shutil.copy(folder / f"{part}Tr/case00{ending}", folder / f"{part}Ts/held{ending}")
+    for fold in load_dataset(str(folder), image_size=16, n_folds=3).splits:
+        assert "held" in fold.test
+        assert len(fold.test) == 3
 
 
 def test_a_search_with_folds_from_the_command(run_cli, tiny_study):
     text = tiny_study.read_text()
-    tiny_study.write_text(text + '\n[folds]\nn = 2\n')
+    tiny_study.write_text(text + "\n[folds]\nn = 2\n")
     run_cli("run", "--study", str(tiny_study))
     trials = json.loads(run_cli("trials", "--study", str(tiny_study), "--format", "json").stdout)
     for trial in trials:
@@ -267,11 +387,13 @@ def test_a_search_with_folds_from_the_command(run_cli, tiny_study):
 
 
 def test_wilcoxon_spares_folds_of_trials_that_are_worse_image_by_image(run_cli, tiny_study):
-    text = tiny_study.read_text()
-    tiny_study.write_text(text + '\n[folds]\nn = 3\n\n[pruner]\nname = "wilcoxon"\nn_startup_images = 2\n')
-    run_cli("run", "--study", str(tiny_study), "--n-trials", "6")
-    trials = json.loads(run_cli("trials", "--study", str(tiny_study), "--format", "json").stdout)
-    assert {trial["state"] for trial in trials} <= {"complete", "pruned"}
-    assert any(trial["state"] == "complete" for trial in trials)
-    told = run_cli("status", "--study", str(tiny_study)).stdout
-    assert "6" in told
+    table = re.sub(r"(?m)^(B|X|n_epochs|n_trials) = .*\n", "", tiny_study.read_text())
+    table = table.replace("[budget]\n", "[budget]\nn_trials = 2\nn_epochs = 12\n")
+    table = table.replace("[params]\n", "[params]\nlearning_rate = [2e-2, 1e-9]\n")
+    folds = '\n[sampler]\nname = "grid"\n\n[folds]\nn = 6\n\n[pruner]\nname = "wilcoxon"\nn_startup_images = 5\n'
+    tiny_study.write_text(table + folds)
+    run_cli("run", "--study", str(tiny_study))
+    good, bad = json.loads(run_cli("trials", "--study", str(tiny_study), "--format", "json").stdout)
+    assert (good["state"], bad["state"]) == ("complete", "pruned")
+    assert bad["user_attrs"]["provenance"]["images"] < good["user_attrs"]["provenance"]["images"]
+    assert "below what the pruner asks for" in bad["user_attrs"]["reason"]

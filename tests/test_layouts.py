@@ -24,7 +24,7 @@ from frem_search.training.folds import Folds
 from frem_search.training.graphs import Graphed, train_epoch_graphed
 from frem_search.training.layouts import LAYOUTS, in_threads
 from frem_search.training.member import Member
-from frem_search.training.resident import Part, ResidentData
+from frem_search.training.resident import Images, Part, ResidentData
 
 DIFFERING = (
     {},
@@ -102,10 +102,8 @@ def make_data(n=SHORT, *, size=16, device="cpu"):
     images = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
     labels = torch.from_numpy(labels).to(device)
     border = torch.stack([torch.from_numpy(border_distances(label.cpu().numpy())) for label in labels]).to(device)
-    train, val = (
-        Part(tuple(map(str, range(n + 4)))[part], images[part], labels[part], border[part])
-        for part in (slice(n), slice(n, None))
-    )
+    whole, rows = Images(images, labels, border), torch.arange(n + 4, device=device)
+    train, val = (Part(tuple(map(str, range(n + 4)))[part], whole, rows[part]) for part in (slice(n), slice(n, None)))
     return ResidentData(train, val, val, 2, torch.device(device))
 
 

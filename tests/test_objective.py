@@ -466,7 +466,7 @@ def test_extra_scores_are_told_of_validation_and_test_images(make_objective, stu
 
 
 def test_an_extra_score_that_there_is_not_is_told_before_training(study_file):
-    with pytest.raises(StudyFileError, match="extra_scores: expected one of mean_iou, .*, but got 'dice'"):
+    with pytest.raises(StudyFileError, match=r"extra_scores: expected one of mean_iou, .*, but got 'dice'"):
         check(replace(study_file, extra_scores=("seg", "dice")))
 
 
@@ -558,7 +558,7 @@ def test_provenance_says_how_a_trial_was_trained(make_objective):
 
 @pytest.mark.parametrize("layout", ["in_turn", "threads", "stacked"])
 def test_trials_side_by_side_are_what_they_are_alone_and_say_how_they_were_trained(make_objective, layout):
-    trained, params = make_objective(cohort=2, layout=layout), (PARAMS, PARAMS | {"B": 9, "X": 3.0})
+    trained, params = make_objective(layout=layout), (PARAMS, PARAMS | {"B": 9, "X": 3.0})
     for number, each in enumerate(params):
         trained.admit(number, each)
     assert sorted((report.key, report.epoch) for report in trained.epochs()) == [
@@ -580,7 +580,7 @@ def test_threads_take_one_core_each(make_objective):
     torch.set_num_threads(2)
     make_objective(layout="stacked")
     assert torch.get_num_threads() == 2
-    make_objective(cohort=2, layout="threads")
+    make_objective(layout="threads")
     assert torch.get_num_threads() == 1
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -590,7 +590,7 @@ def test_threads_take_one_core_each(make_objective):
 
 
 def test_trials_of_one_image_size_share_one_copy_of_the_images(make_objective, with_params):
-    trained = make_objective(with_params(image_size=[16, 32]), cohort=4)
+    trained = make_objective(with_params(image_size=[16, 32]))
     trials = [trained.admit(n, PARAMS | {"image_size": size}) for n, size in enumerate((16, 32, 16, 32))]
     members = [trial.members[0] for trial in trials]
     assert members[0].data is members[2].data
@@ -627,9 +627,9 @@ def test_images_of_a_size_that_nobody_trains_at_leave_the_device(make_objective,
     load = objective.load_resident
 
     def watched(*args, **kwargs):
-        data = load(*args, **kwargs)
-        loaded.append(weakref.ref(data))
-        return data
+        folds = load(*args, **kwargs)
+        loaded.append(weakref.ref(folds[0].train.whole))
+        return folds
 
     monkeypatch.setattr(objective, "load_resident", watched)
     trained = make_objective(with_params(image_size=[16, 24, 32]))

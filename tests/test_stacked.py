@@ -20,7 +20,7 @@ from frem_search.training.cohort import Cohort
 from frem_search.training.folds import Folds
 from frem_search.training.member import Member
 from frem_search.training.prepare import EpochPlan, prepare_epoch
-from frem_search.training.resident import Part, ResidentData
+from frem_search.training.resident import Images, Part, ResidentData
 from frem_search.training.stacked import stack_key, train_stacked
 from frem_search.training.stacked_adam import StackedAdam, stack
 from frem_search.training.stacked_kernels import SideBySide
@@ -55,7 +55,8 @@ def make_data(*, device="cpu", dtype=torch.float32, n=N_IMAGES, size=16):
         label[top : top + size // 2, left : left + size // 2] = 1
     images = (labels[:, None] - 0.5 + 0.5 * rng.standard_normal((n, 1, size, size))).astype(np.float32)
     images = torch.from_numpy(images).to(device, dtype).contiguous(memory_format=torch.channels_last)
-    part = Part(tuple(map(str, range(n))), images, torch.from_numpy(labels).to(device))
+    whole = Images(images, torch.from_numpy(labels).to(device))
+    part = Part(tuple(map(str, range(n))), whole, torch.arange(n, device=device))
     return ResidentData(part, part, part, 2, torch.device(device))
 
 

@@ -72,7 +72,7 @@ def make_member(key=0, *, n_epochs=4, seed=0, channels=1, dataset=None, device=C
     return Member(
         key=key,
         network=network,
-        data=load_resident(dataset or make_dataset(), fold=0, device=device),
+        data=load_resident(dataset or make_dataset(), folds=[0], device=device)[0],
         coefficients=coefficients,
         learning_rate=rate,
         batch_size=batch_size,
@@ -519,7 +519,7 @@ def test_warped_images_reach_the_training_and_have_the_size_of_the_crop():
 @pytest.mark.parametrize("chunk", [1, 5, 6, 64])
 def test_an_epoch_is_the_images_of_its_batches_turned_by_their_flags(chunk, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK", chunk)
-    data = load_resident(make_dataset(n_train=11, channels=2), fold=0, device=CPU, needs_border=True)
+    data = load_resident(make_dataset(n_train=11, channels=2), folds=[0], device=CPU, needs_border=True)[0]
     epoch = prepare_epoch(EpochPlan(data, 0, 3, 4, None, Augmentation()), seed=1)
     indices, flags = epoch_batches(11, 4, seed=1, fold=0, epoch=3)
     assert epoch.n_steps == len(indices)
@@ -534,9 +534,10 @@ def test_an_epoch_is_the_images_of_its_batches_turned_by_their_flags(chunk, monk
 
 
 def test_images_labels_and_distances_are_moved_alike():
-    data = load_resident(make_dataset(size=(24, 24)), fold=0, device=CPU)
-    images = data.train.labels[:, None].float()
-    data = replace(data, train=replace(data.train, images=images, border=images[:, 0]))
+    data = load_resident(make_dataset(size=(24, 24)), folds=[0], device=CPU)[0]
+    images = data.train.whole.labels[:, None].float()
+    whole = replace(data.train.whole, images=images, border=images[:, 0])
+    data = replace(data, train=replace(data.train, whole=whole))
     plan = EpochPlan(data, 0, 1, 4, None, replace(WARPS, crop_size=(20, 20), alpha=30.0))
     epoch = prepare_epoch(plan, seed=0)
     torch.testing.assert_close(epoch.border, epoch.image[:, :, 0])
@@ -589,7 +590,8 @@ def test_a_member_without_a_better_score_for_its_patience_is_done(monkeypatch):
     assert (member.best_epoch, member.is_active, member.has_ended) == (2, False, False)
     assert train(member, cohort) == []
     fresh = make_member(n_epochs=10, patience=3)
-    assert load_checkpoint(Folds(0, [fresh]), dump_checkpoint(Folds(0, [member]), identity=IDENTITY), identity=IDENTITY)
+    stored = dump_checkpoint(Folds(0, [member]), identity=IDENTITY)
+    assert load_checkpoint(Folds(0, [fresh]), stored, identity=IDENTITY)
     assert fresh.is_done
 
 
@@ -604,7 +606,7 @@ def test_an_epoch_may_have_fewer_steps_than_a_pass():
 
 
 def test_python_asks_for_no_value_while_an_epoch_is_prepared():
-    data = load_resident(make_dataset(n_train=24), fold=0, device=CPU, needs_border=True)
+    data = load_resident(make_dataset(n_train=24), folds=[0], device=CPU, needs_border=True)[0]
     plan = EpochPlan(data, 0, 1, 4, 3, WARPS)
     prepare_epoch(plan, seed=0)
     with CountReadBacks() as counter:
@@ -614,7 +616,7 @@ def test_python_asks_for_no_value_while_an_epoch_is_prepared():
 
 @pytest.mark.parametrize(("tiles", "size"), [(2, (16, 16)), (4, (16, 32))])
 def test_training_images_are_cut_and_validation_images_are_whole(tiles, size):
-    whole, cut = (load_resident(make_dataset(size=size), fold=0, device=CPU, tiles=n) for n in (1, tiles))
+    whole, cut = (load_resident(make_dataset(size=size), folds=[0], device=CPU, tiles=n)[0] for n in (1, tiles))
     assert (len(cut.train), len(cut.val), len(cut.test)) == (6 * tiles**2, 2, 2)
     assert len(set(cut.train.cases)) == len(cut.train)
     height, width = size[0] // tiles, size[1] // tiles
@@ -629,17 +631,18 @@ def test_training_images_are_cut_and_validation_images_are_whole(tiles, size):
 
 
 def test_distances_are_those_of_whole_training_images():
-    whole = load_resident(make_dataset(), fold=0, device=CPU, needs_border=True)
-    cut = load_resident(make_dataset(), fold=0, device=CPU, needs_border=True, tiles=2, is_eightfold=True)
+    whole = load_resident(make_dataset(), folds=[0], device=CPU, needs_border=True)[0]
+    cut = load_resident(make_dataset(), folds=[0], device=CPU, needs_border=True, tiles=2, is_eightfold=True)[0]
     for label, border in zip(whole.train.labels, whole.train.border, strict=True):
         np.testing.assert_array_equal(border.numpy(), border_distances(label.numpy()))
-    assert whole.val.border is None
     assert torch.equal(cut.train.border[:4].reshape(2, 2, 8, 8).swapaxes(1, 2).reshape(16, 16), whole.train.border[0])
-    assert load_resident(make_dataset(), fold=0, device=CPU).train.border is None
+    assert load_resident(make_dataset(), folds=[0], device=CPU)[0].train.whole.border is None
 
 
 def test_every_image_has_eight_orientations_in_every_part():
-    whole, eight = (load_resident(make_dataset(), fold=0, device=CPU, is_eightfold=each) for each in (False, True))
+    whole, eight = (
+        load_resident(make_dataset(), folds=[0], device=CPU, is_eightfold=each)[0] for each in (False, True)
+    )
     for part in ("train", "val", "test"):
         one, all_of_them = getattr(whole, part), getattr(eight, part)
         n = len(one)
@@ -703,7 +706,7 @@ def test_one_image_to_validate_and_none_to_test():
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_fold_without_images_to_train_or_validate_is_told(part):
     with pytest.raises(DatasetError, match=f"fold 0 has no {part} image, but training needs one. Check splits_final"):
-        load_resident(make_dataset(**{f"n_{part}": 0}), fold=0, device=CPU)
+        load_resident(make_dataset(**{f"n_{part}": 0}), folds=[0], device=CPU)[0]
 
 
 def test_a_class_that_is_nowhere_has_no_score():

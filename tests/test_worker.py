@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from searches import curves, kinds, leases, make_search, raising, stop_after
 
 from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StorageError
-from frem_search.worker import MOST_REPORTS
+from frem_search.worker import BEHIND_IMAGES, MOST_REPORTS
 
 
 @pytest.fixture
@@ -93,7 +93,10 @@ def test_wilcoxon_spares_the_folds_of_a_trial_that_is_worse_image_by_image(searc
         is_better = math.log(trial.params["X"]) > best
         assert trial.state is (TrialState.COMPLETE if is_better else TrialState.PRUNED)
         # Steps are images: all of a complete trial, those of two folds of one that was worse on each of eight.
-        assert list(trial.intermediate_values) == list(range(1, 13 if is_better else 9))
+        *steps, last = trial.intermediate_values
+        assert [*steps, last] == [*range(1, 13)] if is_better else [*range(1, 9), BEHIND_IMAGES]
+        if not is_better:
+            assert trial.value == pytest.approx(np.mean(by_image(trial.params, 1) + by_image(trial.params, 2)))
         best = max(best, math.log(trial.params["X"]))
     assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
 

@@ -1,7 +1,7 @@
 """A dataset in memory: every image at one size and normalised, every label, the folds and a fingerprint."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -81,22 +81,26 @@ def load_dataset(name: str, *, image_size: int | tuple[int, int] | None = None, 
 
 
 def cross_validation(raw: RawDataset, n_folds: int) -> tuple[Split, ...]:
-    """Return the folds of a cross-validation: the folder's own if it has so many, else folds of its first one's sizes.
+    """Return the folds of a cross-validation.
 
-    Of more than are wanted, the first ones: new ones would part what it keeps together, like tiles of a section. Images
-    of imagesTs are for testing whatever the folds are. If there are none and the first fold tests nothing, every image
-    validates once.
+    Of a folder with several folds they are its own, the first ones if fewer are wanted: they may keep together what
+    belongs together, as the tiles of a section. Else they have the sizes of its only fold; if that tests nothing, every
+    image validates once. Images of imagesTs are for testing whatever the folds are.
 
     Raises:
-        DatasetError: There are too few images.
+        DatasetError: The folder has several folds, but fewer, or there are too few images.
     """
     if len(raw.splits) >= n_folds:
         return raw.splits[:n_folds]
-    held_out = [case.name for case in raw.cases[raw.n_training :]]
+    if len(raw.splits) > 1:
+        message = f"{raw.folder}: expected at most {len(raw.splits)} folds, those of the dataset, but got {n_folds}."
+        raise DatasetError(message + " Choose fewer, or write more of them into splits_final.json.")
     cases = [case.name for case in raw.cases[: raw.n_training]]
+    held_out = tuple(case.name for case in raw.cases[raw.n_training :])
     n_test = len(set(raw.splits[0].test) - set(held_out))
     if n_test:
-        return cyclic_folds(cases, n_folds=n_folds, n_test=n_test, n_val=len(raw.splits[0].val), seed=0)
+        folds = cyclic_folds(cases, n_folds=n_folds, n_test=n_test, n_val=len(raw.splits[0].val), seed=0)
+        return tuple(replace(fold, test=(*fold.test, *held_out)) for fold in folds)
     if n_folds > len(cases):
         message = f"{raw.folder}: expected at least {n_folds} images for {n_folds} folds, but got {len(cases)}."
         raise DatasetError(message + " Choose fewer folds.")

@@ -28,7 +28,9 @@ class FeedbackUNet(nn.Module):
 
     Source: Shibuya and Hotta, "Feedback U-Net for Cell Image Segmentation", CVPR Workshops 2020, sections 3.1, 4.2 and
         4.5.
-    Differs: the text does not say which convolutions stand at Fig. 4's locations. Sections 3.1 and 4.4 call a, b, d and
+    Differs: section 3.1 calls the input of the second round the result of the first; here it is the image and that
+        result, since the same convolutions take the image in the first round, with zeros in the result's place. The
+        text does not say which convolutions stand at Fig. 4's locations. Sections 3.1 and 4.4 call a, b, d and
         e those of the highest resolution and a the first one, so a and b are the encoder's two convolutions there, d
         and e the decoder's. Table 3 sets "a, b, d, e" against c and the full model, which has six; so c is both
         convolutions of the bottleneck, alone as in the full model. A convolutional LSTM keeps its tanh; normalization

@@ -6,8 +6,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from frem_search.training.member import EpochReport, Member
+from frem_search.training.member import CURVE_COLUMNS, EpochReport, Member
 
+LAST_COLUMN = CURVE_COLUMNS[-1]
 MOST_IMAGE_SCORES = 50  # of a trial, each the mean over a group of images where there are more
 
 
@@ -63,6 +64,11 @@ class Folds:
             rows = [self._row(epoch) for epoch in epochs]
         return {name: epochs if name == "epoch" else [row[name] for row in rows] for name in self.members[0].curve}
 
+    @property
+    def n_beside(self) -> int:
+        """How many of the folds train side by side."""
+        return 1 if self.in_sequence else len(self.members)
+
     def training(self) -> tuple[Member, ...]:
         """Return the members that are to be in the cohort now."""
         if not self.in_sequence:
@@ -76,9 +82,9 @@ class Folds:
             of_member: The report.
             member: Whose it is.
         """
-        if of_member.error is not None or not of_member.is_finite or len(self.members) == 1:
+        if len(self.members) == 1:
             return replace(of_member, key=self.number)
-        if self.in_sequence:
+        if self.in_sequence or of_member.error is not None or not of_member.is_finite:
             return replace(
                 of_member, key=self.number, epoch=self.epoch, best_score=self.best_score, is_done=self.is_done
             )
@@ -102,15 +108,19 @@ class Folds:
         )
 
     def _row(self, epoch: int) -> dict[str, Any]:
-        """Return the means over folds of an epoch; a fold that came to its end before counts with its last epoch."""
-        curves = [(member.curve, min(epoch, member.epoch) - 1) for member in self.members]
+        """Return the means over folds of an epoch; a fold that came to its end before counts with its last epoch.
+
+        A fold that has not done its first epoch, as another one was no number then, does not count.
+        """
+        done = ((member.curve, len(member.curve[LAST_COLUMN])) for member in self.members)
+        curves = [(curve, min(epoch, n) - 1) for curve, n in done if n]
         row: dict[str, Any] = {
             name: mean([curve[name][i] for curve, i in curves])
             for name in curves[0][0]
             if name not in ("epoch", "per_class", "seconds")
         }
         per_class = zip(*(curve["per_class"][i] for curve, i in curves), strict=True)
-        seconds = sum(member.curve["seconds"][epoch - 1] for member in self.members if member.epoch >= epoch)
+        seconds = sum(curve["seconds"][epoch - 1] for curve, i in curves if i == epoch - 1)
         return row | {"per_class": [mean(values) for values in per_class], "seconds": round(seconds, 4)}
 
 

@@ -37,6 +37,9 @@ def in_threads(cohort: Cohort) -> Reports:
     pool = ThreadPoolExecutor(n_cores(), thread_name_prefix="member")
     try:
         while True:
+            for future, member in list(running.items()):
+                if not cohort.holds(member) and future.cancel():  # one in training is waited for
+                    del running[future]
             waiting = [member for member in cohort.active() if member not in running.values()]
             running |= {pool.submit(cohort.train_epoch, member): member for member in waiting}
             if not running:

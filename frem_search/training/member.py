@@ -112,10 +112,10 @@ class Member:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch of one member came to.
+    """What one epoch came to: of a member, or of a trial whose folds are members.
 
     Args:
-        key: The member's.
+        key: The member's, or the trial's number; then scores and loss are means over folds.
         epoch: How many epochs are done.
         train_loss: Mean over the epoch's steps.
         score: On the validation images.

@@ -81,7 +81,7 @@ def prepare_stacked(plans: Sequence[EpochPlan], *, seed: int) -> Batch:
 
 def _augmented(part: Part, rows: Tensor, flags: Tensor, warps: Warps) -> Batch:
     """Return images (n, c, h, w), labels (n, h, w) and, where a part has them, distances (n, h, w)."""
-    drawn = Batch(part.images[rows], part.labels[rows], None if part.border is None else part.border[rows])
+    drawn = part.take(rows)
     augmentation = warps.augmentation
     if augmentation.has_warp:
         height, width = drawn.label.shape[1:]

@@ -1,13 +1,16 @@
-"""Images and labels of one fold, kept on the training device for the whole run."""
+"""Images and labels, kept on the training device for the whole run: one copy, whatever folds take from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from frem_search.batch import Batch
 from frem_search.data.borders import border_distances
 from frem_search.data.dataset import Dataset
 from frem_search.data.orientations import N_ORIENTATIONS, eight_orientations
@@ -16,23 +19,66 @@ from frem_search.errors import DatasetError
 
 
 @dataclass(frozen=True, eq=False)
+class Images:
+    """Images and their labels on a device, which the parts of all folds share.
+
+    Args:
+        images: float32 (n, c, h, w), normalised, channels last in memory.
+        labels: uint8 (n, h, w).
+        border: float32 (n, h, w), distances to the two nearest cells together; for a loss that needs them, and of the
+            images that train.
+    """
+
+    images: Tensor
+    labels: Tensor
+    border: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """The images of one part of a fold.
 
     Args:
         cases: Their names.
-        images: float32 (n, c, h, w), normalised, channels last in memory.
-        labels: uint8 (n, h, w).
-        border: float32 (n, h, w), distances to the two nearest cells together; for a loss that needs them.
+        whole: Where they lie among others.
+        rows: Their positions there, int64 (n,).
     """
 
     cases: tuple[str, ...]
-    images: Tensor
-    labels: Tensor
-    border: Tensor | None = None
+    whole: Images
+    rows: Tensor
 
     def __len__(self) -> int:
         return len(self.cases)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return tuple(self.whole.images.shape[1:])
+
+    @property
+    def images(self) -> Tensor:
+        """A copy of all images, channels last in memory."""
+        return self.whole.images[self.rows].contiguous(memory_format=torch.channels_last)
+
+    @property
+    def labels(self) -> Tensor:
+        """A copy of all labels."""
+        return self.whole.labels[self.rows]
+
+    @property
+    def border(self) -> Tensor | None:
+        """A copy of all distances, if there are any."""
+        return None if self.whole.border is None else self.whole.border[self.rows]
+
+    def take(self, positions: Tensor) -> Batch:
+        """Return copies of some images, with labels and distances.
+
+        Args:
+            positions: Among the part's images, int64.
+        """
+        rows, border = self.rows[positions], self.whole.border
+        return Batch(self.whole.images[rows], self.whole.labels[rows], None if border is None else border[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +94,7 @@ class ResidentData:
     @property
     def in_channels(self) -> int:
         """Channels of every image."""
-        return int(self.train.images.shape[1])
+        return self.train.image_shape[0]
 
     @cached_property
     def class_weights(self) -> Tensor:
@@ -59,48 +105,80 @@ class ResidentData:
 def load_resident(
     dataset: Dataset,
     *,
-    fold: int,
+    folds: Sequence[int],
     device: torch.device,
     tiles: int = 1,
     is_eightfold: bool = False,
     needs_border: bool = False,
-) -> ResidentData:
-    """Copy one fold of a dataset to a device.
+) -> dict[int, ResidentData]:
+    """Copy a dataset to a device, once, and return its folds; regions are a second copy.
 
     Args:
         dataset: At the size of the training.
-        fold: Which fold.
+        folds: Which folds.
         device: Where to.
         tiles: Training images are cut into so many bands of so many regions; it divides height and width.
         is_eightfold: Every image becomes eight, one for each orientation; they are square.
         needs_border: Whether the loss looks at distances to cells; those of whole images, in their pixels.
 
     Raises:
-        DatasetError: The fold has no image to train on, or none to validate on.
+        DatasetError: A fold has no image to train on, or none to validate on.
     """
+    parts = {(fold, name): _indices(dataset, name, fold=fold) for fold in folds for name in ("train", "val", "test")}
+    trains = np.unique(np.concatenate([parts[fold, "train"] for fold in folds]))
+    border = _borders(dataset, trains) if needs_border else None
+    names = ("val", "test") if tiles > 1 else ("train", "val", "test")
+    everything = np.unique(np.concatenate([parts[fold, name] for fold in folds for name in names]))
+    n_orientations = N_ORIENTATIONS if is_eightfold else 1
 
-    def part(name: str) -> Part:
-        indices = dataset.indices(name, fold=fold)  # type: ignore[arg-type]
-        if not len(indices) and name != "test":
-            message = (
-                f"{dataset.folder}: fold {fold} has no {name} image, but training needs one. Check splits_final.json."
-            )
-            raise DatasetError(message)
-        cases = [dataset.cases[i] for i in indices]
-        arrays = {"images": dataset.images[indices], "labels": dataset.labels[indices]}
-        if needs_border and name == "train":
-            arrays["border"] = np.stack([border_distances(label) for label in arrays["labels"]])
+    def resident(chosen: np.ndarray, *, n_tiles: int) -> Images:
+        arrays = {"images": dataset.images[chosen], "labels": dataset.labels[chosen]}
+        arrays |= {} if border is None else {"border": border[chosen]}
         if is_eightfold:
             arrays = {key: eight_orientations(array) for key, array in arrays.items()}
-            cases = [f"{case}_{i}" for i in range(N_ORIENTATIONS) for case in cases]
-        if tiles > 1 and name == "train":
-            arrays = {key: cut_tiles(array, tiles) for key, array in arrays.items()}
-            cases = [f"{case}_{i}" for case in cases for i in range(tiles**2)]
+        if n_tiles > 1:
+            arrays = {key: cut_tiles(array, n_tiles) for key, array in arrays.items()}
         tensors = {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
         tensors["images"] = tensors["images"].contiguous(memory_format=torch.channels_last)
-        return Part(tuple(cases), **tensors)
+        return Images(**tensors)
 
-    return ResidentData(part("train"), part("val"), part("test"), len(dataset.class_names), device)
+    whole = resident(everything, n_tiles=1)
+    regions = whole if tiles == 1 else resident(trains, n_tiles=tiles)
+
+    def part(fold: int, name: str) -> Part:
+        indices = parts[fold, name]
+        cases = [dataset.cases[i] for i in indices]
+        of, among, n_tiles = (regions, trains, tiles) if name == "train" and tiles > 1 else (whole, everything, 1)
+        places = np.searchsorted(among, indices)
+        if is_eightfold:
+            cases = [f"{case}_{i}" for i in range(n_orientations) for case in cases]
+            places = np.concatenate([places + i * len(among) for i in range(n_orientations)])
+        if n_tiles > 1:
+            cases = [f"{case}_{i}" for case in cases for i in range(n_tiles**2)]
+            places = (places[:, None] * n_tiles**2 + np.arange(n_tiles**2)).ravel()
+        return Part(tuple(cases), of, torch.from_numpy(places).to(device))
+
+    n_classes = len(dataset.class_names)
+    return {
+        fold: ResidentData(part(fold, "train"), part(fold, "val"), part(fold, "test"), n_classes, device)
+        for fold in folds
+    }
+
+
+def _indices(dataset: Dataset, name: Literal["train", "val", "test"], *, fold: int) -> np.ndarray:
+    indices = dataset.indices(name, fold=fold)
+    if not len(indices) and name != "test":
+        message = f"{dataset.folder}: fold {fold} has no {name} image, but training needs one. Check splits_final.json."
+        raise DatasetError(message)
+    return indices
+
+
+def _borders(dataset: Dataset, trains: np.ndarray) -> np.ndarray:
+    """Return the distances of the images that train; the others' are zeros, which nobody reads."""
+    border = np.zeros(dataset.labels.shape, dtype=np.float32)
+    for i in trains:
+        border[i] = border_distances(dataset.labels[i])
+    return border
 
 
 def balanced_weights(labels: UInt8[Tensor, "n h w"], *, n_classes: int) -> Float[Tensor, " k"]:

@@ -18,7 +18,8 @@ from frem_search.training.stacked_kernels import SideBySide
 def stack_key(member: Member) -> Hashable:
     """Return what members must have in common to be stacked: every shape, and the loss's coefficients."""
     shapes = tuple((name, tuple(value.shape)) for name, value in member.network.state_dict().items())
-    epoch = member.data.train.images.shape, member.batch_size, member.steps_per_epoch, member.augmentation.crop_size
+    images = len(member.data.train), member.data.train.image_shape
+    epoch = *images, member.batch_size, member.steps_per_epoch, member.augmentation.crop_size
     return type(member.network), shapes, epoch, tuple(sorted(member.coefficients))
 
 
