@@ -13,17 +13,22 @@ import torch
 from torch import nn
 
 from frem_search import bench as bench_module
+from frem_search.artifacts import Artifacts
 from frem_search.bench import Choice, Entrant, bench_json, bench_lines, entrants, run_bench
 from frem_search.bench import flops as flops_module
 from frem_search.bench import plain_speed as plain_speed_module
 from frem_search.bench.figure import bench_data, bench_figure, write_bench
 from frem_search.bench.flops import count_flops, image_flops, matmul_rate
-from frem_search.bench.plain import PlainImages, PlainLoop
+from frem_search.bench.plain import PlainLoop
+from frem_search.bench.plain_images import PlainImages
 from frem_search.bench.plain_speed import measure_plain
 from frem_search.cli import main
-from frem_search.data.dataset import load_dataset
-from frem_search.errors import UsageError
+from frem_search.data.borders import border_distances
+from frem_search.data.dataset import Split, load_dataset
+from frem_search.errors import StudyFileError, UsageError
+from frem_search.objective import Objective
 from frem_search.seeds import generator
+from frem_search.space import Choice as Values
 from frem_search.space import Fixed
 from frem_search.speed import Arrangement, Speed, Trainee
 from frem_search.study_file import load_study_file
@@ -41,6 +46,18 @@ TWO_WORKERS = Entrant(Arrangement(workers=2), "fp32")
 def trainee(tiny_study):
     study_file = load_study_file(str(tiny_study))
     return Trainee(study_file, load_dataset(study_file.dataset, image_size=32), CPU, "fp32")
+
+
+def changed(trainee, *, n_folds=None, loss=None, **params):
+    """Return a trainee of another study: some of its parameters, its loss and its number of folds."""
+    file = trainee.study_file
+    space = file.space | {name: Fixed(value) for name, value in params.items()}
+    dataset = trainee.dataset
+    if n_folds is not None:
+        dataset = load_dataset(file.dataset, image_size=32, n_folds=n_folds)
+    return replace(
+        trainee, dataset=dataset, study_file=replace(file, space=space, n_folds=n_folds, loss=loss or file.loss)
+    )
 
 
 @pytest.fixture
@@ -82,11 +99,13 @@ def test_operations_of_a_convolution_are_those_counted_by_hand():
     assert count_flops(lambda: convolution(images).sum().backward()) == 2 * forward
 
 
-def test_an_image_costs_its_share_of_a_step_and_of_the_validation(trainee):
+@pytest.fixture
+def counted_by_hand(trainee):
+    """Operations of an image of 32 x 32: of training, of what in it does not depend on the size, of predicting."""
     counted = []
 
     def count(layer, inputs, output):
-        counted.append((layer, 2 * output.numel() * layer.weight[0].numel()))
+        counted.append((layer, 2 * output.numel() * layer.weight[0].numel(), output.shape[:-1].numel() == 1))
 
     network = PlainLoop(trainee).network.eval()
     for layer in network.modules():
@@ -94,10 +113,38 @@ def test_an_image_costs_its_share_of_a_step_and_of_the_validation(trainee):
             layer.register_forward_hook(count)
     with torch.no_grad():
         network(torch.zeros(1, 1, 32, 32))
-    forward = sum(operations for _, operations in counted)
+    forward = sum(operations for _, operations, _ in counted)
+    of_means = 3 * sum(operations for _, operations, is_of_means in counted if is_of_means)
     # Forward, gradients of weights and of inputs; those of the images nobody needs.
-    training = 3 * forward - next(operations for layer, operations in counted if getattr(layer, "in_channels", 0) == 1)
+    training = 3 * forward - next(
+        operations for layer, operations, _ in counted if getattr(layer, "in_channels", 0) == 1
+    )
+    return training, of_means, forward
+
+
+def test_an_image_costs_its_share_of_a_step_and_of_the_validation(trainee, counted_by_hand):
+    training, _, forward = counted_by_hand
     assert image_flops(trainee) == training + 2 / 8 * forward  # two images validate, eight train
+
+
+@pytest.mark.parametrize(
+    ("params", "n_pixels", "n_val", "n_train"),
+    [
+        ({"crop_size": 16}, 1 / 4, 2, 8),
+        ({"crop_size": (8, 32)}, 1 / 4, 2, 8),
+        ({"tiles": 2}, 1 / 4, 2, 8 * 4),
+        ({"tiles": 2, "crop_size": 8}, 1 / 16, 2, 8 * 4),
+        ({"eightfold": True}, 1, 2 * 8, 8 * 8),
+        ({"steps_per_epoch": 5}, 1, 2, 5 * 4),
+    ],
+)
+def test_an_image_costs_what_its_pixels_and_its_share_of_a_validation_of_whole_images_do(
+    trainee, counted_by_hand, params, n_pixels, n_val, n_train
+):
+    training, of_means, forward = counted_by_hand
+    assert 0 < of_means < 1e-3 * training
+    training = n_pixels * (training - of_means) + of_means
+    assert image_flops(changed(trainee, **params)) == training + n_val / n_train * forward
 
 
 def test_products_are_measured_with_every_core_and_leave_the_threads_as_they_were(monkeypatch, small_products):
@@ -124,20 +171,150 @@ def test_the_fastest_product_counts_and_the_first_does_not(monkeypatch, small_pr
 # The plain loop
 
 
-def test_the_plain_loop_turns_image_and_label_alike():
-    image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
-    images = PlainImages(image, image[:, 0].astype(np.uint8), generator(0, "test"))
-    seen = set()
-    for _ in range(100):
-        turned, label = images[0]
-        assert torch.equal(turned[0].long(), label)
+def drawn_often(height, width, *, n=400, **options):
+    """Return the shapes and all that was seen of an image whose pixels are numbered; label and distances are alike."""
+    pixels = np.arange(height * width).reshape(1, height, width)
+    arrays = [pixels[:, None].astype(np.float32), pixels.astype(np.uint8), pixels.astype(np.float32)]
+    images = PlainImages(arrays, generator(0, "test"), **options)
+    shapes, seen = set(), set()
+    for _ in range(n):
+        image, label, border = images[0]
+        assert (image.dtype, label.dtype, border.dtype) == (torch.float32, torch.uint8, torch.float32)
+        assert torch.equal(image[0], label.float())
+        assert torch.equal(border, label.float())
+        shapes.add(tuple(image.shape))
         seen.add(tuple(label.flatten().tolist()))
-    assert len(seen) == 8
+    return shapes, seen
+
+
+def test_the_plain_loop_turns_all_that_lies_on_an_image_alike():
+    shapes, seen = drawn_often(4, 4, is_turned=True)
+    assert (shapes, len(seen)) == ({(1, 4, 4)}, 8)
 
 
 def test_images_that_are_not_square_keep_their_shape():
-    images = PlainImages(np.zeros((1, 1, 4, 6), np.float32), np.zeros((1, 4, 6), np.uint8), generator(0, "test"))
-    assert {tuple(images[0][0].shape) for _ in range(20)} == {(1, 4, 6)}
+    shapes, seen = drawn_often(4, 6, is_turned=True)
+    assert (shapes, len(seen)) == ({(1, 4, 6)}, 4)
+
+
+def test_the_plain_loop_crops_all_that_lies_on_an_image_alike_and_at_every_place():
+    shapes, seen = drawn_often(4, 6, crop=(3, 4))
+    assert (shapes, len(seen)) == ({(1, 3, 4)}, 2 * 3)
+    assert {min(window) for window in seen} == {6 * top + left for top in range(2) for left in range(3)}
+
+
+def test_a_square_crop_is_turned_by_quarters_whatever_the_image_is():
+    shapes, seen = drawn_often(4, 5, crop=(4, 4), is_turned=True)
+    assert (shapes, len(seen)) == ({(1, 4, 4)}, 2 * 8)
+    shapes, seen = drawn_often(4, 4, crop=(3, 4), is_turned=True)
+    assert (shapes, len(seen)) == ({(1, 3, 4)}, 2 * 4)
+
+
+def test_what_is_neither_turned_nor_cropped_is_as_it_was():
+    assert drawn_often(4, 4, n=20) == ({(1, 4, 4)}, {tuple(range(16))})
+
+
+@pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((8, 24), (8, 24))])
+@pytest.mark.parametrize("augmentation", [True, False])
+def test_the_plain_loop_trains_on_crops_and_validates_whole_images(trainee, size, shape, augmentation):
+    loop = PlainLoop(changed(trainee, crop_size=size, augmentation=augmentation))
+    assert [[tuple(part.shape) for part in batch] for batch in loop.train_batches] == [
+        [(4, 1, *shape), (4, *shape)]
+    ] * 2
+    assert [tuple(part.shape) for part in next(iter(loop.val_batches))] == [(2, 1, 32, 32), (2, 32, 32)]
+
+
+def as_set(images):
+    return {image.tobytes() for image in np.ascontiguousarray(images)}
+
+
+def of_batches(batches, position):
+    return np.concatenate([batch[position].numpy() for batch in batches])
+
+
+def test_the_plain_loop_trains_on_tiles_and_validates_whole_images(trainee):
+    loop = PlainLoop(changed(trainee, tiles=2, augmentation=False))
+    labels = trainee.dataset.labels[trainee.dataset.indices("train", fold=0)]
+    quarters = [labels[:, top : top + 16, left : left + 16] for top in (0, 16) for left in (0, 16)]
+    trained = of_batches(loop.train_batches, 1)
+    assert trained.shape == (8 * 4, 16, 16)
+    assert as_set(trained) == as_set(np.concatenate(quarters))
+    assert of_batches(loop.val_batches, 0).shape == (2, 1, 32, 32)
+
+
+def test_the_plain_loop_trains_on_and_validates_eight_orientations(trainee):
+    loop = PlainLoop(changed(trainee, eightfold=True, augmentation=False))
+    for part, batches, n in (("train", loop.train_batches, 8), ("val", loop.val_batches, 2)):
+        images = trainee.dataset.images[trainee.dataset.indices(part, fold=0)]
+        both = [images, images.transpose(0, 1, 3, 2)]
+        orientations = [each[..., ::rows, ::columns] for each in both for rows in (1, -1) for columns in (1, -1)]
+        seen = of_batches(batches, 0)
+        assert len(seen) == 8 * n
+        assert as_set(seen) == as_set(np.concatenate(orientations))
+
+
+def test_the_plain_loop_decays_weights_as_a_trial_does(trainee):
+    assert PlainLoop(changed(trainee, weight_decay=0.25)).optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert PlainLoop(trainee).optimizer.param_groups[0]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("params", [{}, {"tiles": 2}, {"eightfold": True}])
+def test_a_loss_that_looks_at_distances_gets_those_of_whole_images(trainee, params):
+    loop = PlainLoop(changed(trainee, loss="border_cross_entropy", augmentation=False, **params))
+    whole = trainee.dataset.labels[trainee.dataset.indices("train", fold=0)]
+    distances = np.stack([border_distances(label) for label in whole])
+    trained = of_batches(loop.train_batches, 2)
+    assert trained.dtype == np.float32
+    assert trained.size == distances.size * (8 if "eightfold" in params else 1)
+    if "tiles" in params:
+        distances = np.concatenate([distances[:, r : r + 16, c : c + 16] for r in (0, 16) for c in (0, 16)])
+    assert as_set(distances) <= as_set(trained)
+
+
+@pytest.mark.parametrize("params", [{}, {"crop_size": 16}, {"tiles": 2, "crop_size": 8}])
+def test_a_loss_that_looks_at_distances_can_be_measured(trainee, params):
+    speed = measure_plain(changed(trainee, loss="border_cross_entropy", **params), Arrangement(), seconds=0)
+    assert speed.error == ""
+    assert speed.images_per_s > 0
+
+
+def test_distances_reach_the_loss(trainee):
+    losses = []
+    for omega in (0.0, 10.0):
+        loop = PlainLoop(changed(trainee, loss="border_cross_entropy", omega_0=omega))
+        image, label, border = next(iter(loop.train_batches))
+        losses.append(loop.step(image, label, torch.zeros_like(border)))
+    assert losses[1] > 2 * losses[0]  # every pixel counts as one at a border
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "batch_size", "sizes", "counts"),
+    [
+        (None, 3, [3, 3, 2], {1}),
+        (1, 4, [4], {0, 1}),
+        (4, 4, [4] * 4, {2}),
+        (3, 100, [8] * 3, {3}),
+        (4, 3, [3] * 4, {1, 2}),
+    ],
+)
+def test_an_epoch_has_the_steps_that_the_study_asks_for(trainee, n_steps, batch_size, sizes, counts):
+    steps = {} if n_steps is None else {"steps_per_epoch": n_steps}
+    loop = PlainLoop(changed(trainee, batch_size=batch_size, augmentation=False, **steps))
+    for _ in range(2):
+        batches = list(loop.train_batches)
+        assert [len(image) for image, _ in batches] == sizes
+        images = of_batches(batches, 0)
+        assert {(images == own).all(axis=(1, 2, 3)).sum() for own in trainee.dataset.images[:8]} == counts
+        assert loop.images_per_epoch == len(images)
+
+
+def test_of_a_cross_validation_the_first_fold_is_trained_also_at_another_size(trainee):
+    folded = changed(trainee, n_folds=3)
+    space = folded.study_file.space | {"image_size": Values((32, 48))}  # the bench trains the larger, not the first
+    loop = PlainLoop(replace(folded, study_file=replace(folded.study_file, space=space)))
+    expected = load_dataset(folded.study_file.dataset, image_size=48, n_folds=3)
+    assert expected.splits[0].val != trainee.dataset.splits[0].val, "equal folds would prove nothing"
+    assert np.array_equal(of_batches(loop.val_batches, 0), expected.images[expected.indices("val", fold=0)])
 
 
 def test_the_plain_loop_scores_as_a_trial_is_scored(trainee):
@@ -151,9 +328,9 @@ def test_the_plain_loop_scores_as_a_trial_is_scored(trainee):
 
 def test_the_plain_loop_learns_and_keeps_the_best_weights(trainee):
     loop = PlainLoop(trainee)
-    image, target = next(iter(loop.train_batches))
+    batch = next(iter(loop.train_batches))
     loop.network.train()
-    losses = [loop.step(image, target) for _ in range(20)]
+    losses = [loop.step(*batch) for _ in range(20)]
     assert losses[-1] < 0.95 * losses[0]
     scores = [loop.epoch() for _ in range(4)]
     loop.network.load_state_dict(loop.best_weights)
@@ -164,6 +341,15 @@ def test_every_training_image_counts_once_an_epoch(trainee, monkeypatch):
     times = iter([0.0, 1.0, 2.0, 4.0, 4.0])  # started, after each of three epochs, ended
     monkeypatch.setattr(plain_speed_module.time, "perf_counter", lambda: next(times))
     assert measure_plain(trainee, Arrangement(), seconds=3.0).images_per_s == 3 * 8 / 4.0
+
+
+def test_only_images_that_are_trained_on_count(trainee, monkeypatch):
+    times, steps, step = iter([0.0, 4.0, 4.0]), [], PlainLoop.step
+    monkeypatch.setattr(plain_speed_module.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(PlainLoop, "step", lambda self, *batch: steps.append(len(batch[0])) or step(self, *batch))
+    measured = measure_plain(changed(trainee, steps_per_epoch=5), Arrangement(), seconds=3.0)
+    assert steps == [4] * 5 * 2  # the first epoch is not timed
+    assert measured.images_per_s == 5 * 4 / 4.0
 
 
 def test_plain_loops_side_by_side_are_added(trainee):
@@ -258,6 +444,58 @@ def test_trials_an_hour_are_those_of_all_images_and_epochs(make_bench):
     assert result.trials_per_hour(result.rows[1]).median == 3600 * 240 / (3 * 8)  # 3 epochs of 8 images
 
 
+STUDIES = [
+    ({}, 3 * 8),
+    ({"n_folds": 3}, 3 * 8 * 3),
+    ({"eightfold": True}, 3 * 8 * 8),
+    ({"tiles": 2}, 3 * 8 * 4),
+    ({"crop_size": 16}, 3 * 8),
+    ({"batch_size": 3}, 3 * 8),
+    ({"steps_per_epoch": 5}, 3 * 5 * 4),
+    ({"steps_per_epoch": 2, "batch_size": 100}, 3 * 2 * 8),
+    ({"steps_per_epoch": 2, "batch_size": 100, "tiles": 2, "eightfold": True, "n_folds": 3}, 3 * 2 * 100 * 3),
+    ({"steps_per_epoch": 2, "batch_size": 300, "tiles": 2, "eightfold": True, "n_folds": 3}, 3 * 2 * 256 * 3),
+]
+
+
+@pytest.mark.parametrize(("change", "n_images"), STUDIES, ids=[",".join(change) or "as it is" for change, _ in STUDIES])
+def test_the_images_of_a_trial_are_those_that_it_trains_on(trainee, change, n_images):
+    studied = changed(trainee, **change)
+    assert studied.images_per_trial == n_images
+    file = studied.study_file
+    trains = Objective(
+        file, studied.dataset, device=CPU, precision="fp32", artifacts=Artifacts("memory://", "bench"), study_uid=""
+    )
+    members = [trains.build_member(0, studied.params, fold=fold) for fold in file.folds]
+    assert sum(member.n_epochs * member.images_per_epoch for member in members) == n_images
+    assert file.n_epochs * len(file.folds) * PlainLoop(studied).images_per_epoch == n_images
+
+
+def test_folds_of_different_sizes_count_with_their_own(trainee):
+    cases = trainee.dataset.cases
+    splits = tuple(Split(cases[:n], cases[8:10], ()) for n in (8, 7, 5))
+    folded = changed(trainee, n_folds=3)
+    assert replace(folded, dataset=replace(folded.dataset, splits=splits)).images_per_trial == 3 * (8 + 7 + 5)
+
+
+def test_a_trial_of_three_folds_takes_three_times_as_long(trainee, small_products):
+    alone, folded = (
+        run_bench(each, [PLAIN, FOUR], measure_one=Script({PLAIN: [100.0], FOUR: [240.0]}), n_rounds=1)
+        for each in (trainee, changed(trainee, n_folds=3))
+    )
+    assert (alone.images_per_trial, folded.images_per_trial) == (24, 72)
+    for one, other in zip(alone.rows, folded.rows, strict=True):
+        assert folded.trials_per_hour(other).median == pytest.approx(alone.trials_per_hour(one).median / 3)
+    assert folded.ratio_to_plain(folded.rows[1]) == alone.ratio_to_plain(alone.rows[1])
+
+
+def test_images_that_cannot_be_cut_are_told_before_anything_is_measured(trainee, small_products):
+    script = Script({PLAIN: [100.0]})
+    with pytest.raises(StudyFileError, match=r"params\.tiles: expected a divisor .* of 32 x 32 pixels, but got 3\."):
+        run_bench(changed(trainee, tiles=3), [PLAIN], measure_one=script, n_rounds=1)
+    assert script.asked == []
+
+
 def test_operations_a_second_are_compared_with_the_products_of_the_rows_precision(make_bench):
     result = replace(make_bench({PLAIN: [100.0], FOUR: [240.0]}, n_rounds=1), matmul_rates={"fp32": 1e9, "bf16": 4e9})
     assert result.flops_per_s(result.rows[1]) == 240 * result.image_flops
@@ -268,6 +506,15 @@ def test_operations_a_second_are_compared_with_the_products_of_the_rows_precisio
 def test_memory_is_shared_by_the_members_of_one_process(make_bench):
     result = make_bench({PLAIN: [(100.0, 2**30)], FOUR: [(240.0, 2**30)], TWO_WORKERS: [(9.0, 2**30)]}, n_rounds=1)
     assert [row.peak_memory for row in result.rows] == [2**30, 2**28, 2**30]
+
+
+@pytest.mark.parametrize(("pruner", "n_beside"), [("none", 4), ("wilcoxon", 1)])
+def test_folds_that_train_side_by_side_share_the_memory(trainee, small_products, pruner, n_beside):
+    folded = changed(trainee, n_folds=4)
+    folded = replace(folded, study_file=replace(folded.study_file, pruner=pruner))
+    script = Script({PLAIN: [(100.0, 2**30)], FOUR: [(240.0, 2**30)]})
+    result = run_bench(folded, [PLAIN, FOUR], measure_one=script, n_rounds=1)
+    assert [row.peak_memory for row in result.rows] == [2**30, 2**28 // n_beside]
 
 
 def test_without_the_plain_loop_there_is_no_ratio(make_bench):
@@ -330,11 +577,12 @@ def test_the_json_has_this_shape(result):
         "image_size": [32, 32],
         "batch_size": 4,
         "n_epochs": 3,
+        "images_per_trial": 24,
         "n_rounds": 3,
         "seconds": 2.5,
         "flop_per_image": 20_000_000,
         "matmul_flop_per_s": {"fp32": 40_000_000_000, "bf16": 80_000_000_000},
-        "note": "trials_per_hour = 3600 * images_per_s / (n_epochs * n_train); "
+        "note": "trials_per_hour = 3600 * images_per_s / images_per_trial; "
         "claims, start-up and test scoring are left out",
         "rows": [
             {
@@ -400,7 +648,8 @@ def test_the_table_can_be_read(result):
     )
     assert " ".join(lines[6].split()) == "2 workers fp32 failed"
     assert lines[8:] == [
-        "trials/h: 3600 * images/s / (3 epochs * 8 images); claims, start-up and test scoring are left out.",
+        "trials/h: 3600 * images/s / 24, a trial's images in all epochs and folds; claims, start-up and test scoring "
+        "are left out.",
         "GFLOP/s: 0.02 GFLOP a training image, validation included; of product: the share of a matrix product's, "
         "fp32 40, bf16 80 GFLOP/s.",
         "2 workers, fp32: could not be run: RuntimeError: no room",

@@ -8,8 +8,9 @@ from frem_search.bench.flops import image_flops, matmul_rate
 from frem_search.bench.plain_speed import measure_plain
 from frem_search.bench.report import bench_json, bench_lines
 from frem_search.bench.result import Bench, Entrant, Row
-from frem_search.parameters import split_params
+from frem_search.parameters import check_dataset, split_params
 from frem_search.speed import Speed, Trainee, measure
+from frem_search.study_file import StudyFile
 from frem_search.training.device import describe_device, make_repeatable
 from frem_search.training.layouts import n_cores
 
@@ -49,7 +50,12 @@ def run_bench(
         seconds: For how long at least in each round.
         measure_one: Called as `measure_entrant`.
         tell: Told in a line what was measured.
+
+    Raises:
+        UsageError: Loss or score do not take the dataset's classes.
+        StudyFileError: Images cannot be cut or turned as the study says.
     """
+    check_dataset(trainee.study_file, trainee.dataset)
     make_repeatable(trainee.device)  # fp32 is fp32, also in what is measured of the device
     tell(f"counting operations, measuring matrix products on {describe_device(trainee.device)}")
     flops = image_flops(trainee)
@@ -76,18 +82,21 @@ def run_bench(
         image_size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
         batch_size=training.batch_size,
         n_epochs=file.n_epochs,
+        images_per_trial=trainee.images_per_trial,
         n_rounds=n_rounds,
         seconds=seconds,
         image_flops=flops,
         matmul_rates=rates,
-        rows=tuple(_row(entrant, speeds) for entrant, speeds in measured.items()),
+        rows=tuple(_row(file, entrant, speeds) for entrant, speeds in measured.items()),
     )
 
 
-def _row(entrant: Entrant, speeds: Sequence[Speed]) -> Row:
+def _row(file: StudyFile, entrant: Entrant, speeds: Sequence[Speed]) -> Row:
     if speeds[-1].error:  # rounds before it would be compared with rounds that it has not
         return Row(entrant, (), error=_first_line(speeds[-1].error))
-    peak = max(speed.peak_memory for speed in speeds) // entrant.arrangement.cohort
+    # Folds side by side are members too; the plain loop trains one, and those in sequence follow one another.
+    n_folds = 1 if entrant.is_plain or file.is_pruned_by_fold else len(file.folds)
+    peak = max(speed.peak_memory for speed in speeds) // (entrant.arrangement.cohort * n_folds)
     return Row(entrant, tuple(speed.images_per_s for speed in speeds), peak)
 
 

@@ -29,10 +29,10 @@ def count_flops(function: Callable[[], object]) -> int:
 def image_flops(trainee: Trainee) -> float:
     """Return the operations for one training image: its share of a step, and of the validation after each epoch."""
     loop = PlainLoop(trainee)
-    image, target = next(iter(loop.train_batches))
+    batch = next(iter(loop.train_batches))
     loop.network.train()
-    step = count_flops(lambda: loop.step(image, target))
-    return step / len(image) + count_flops(loop.validate) / loop.n_train
+    step = count_flops(lambda: loop.step(*batch))
+    return step / len(batch[0]) + count_flops(loop.validate) / loop.images_per_epoch
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:

@@ -3,15 +3,13 @@
 import copy
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, RandomSampler
 
 from frem_search.batch import Batch
+from frem_search.bench.plain_images import PlainImages, part_arrays
 from frem_search.data.dataset import Dataset, load_dataset
-from frem_search.errors import ParameterError
 from frem_search.losses import LOSSES
 from frem_search.metrics import METRICS
 from frem_search.networks import build_network, redraw
@@ -21,36 +19,25 @@ from frem_search.speed import Trainee
 from frem_search.training.resident import balanced_weights
 
 
-class PlainImages(TorchDataset[tuple[Tensor, Tensor]]):
-    """Images on the host, each turned and flipped when it is asked for if there is a generator to draw from."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, rng: np.random.Generator | None) -> None:
-        self.images, self.labels, self._rng = images, labels, rng
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.images[index], self.labels[index]
-        if self._rng is not None:
-            quarter = 1 if image.shape[1] == image.shape[2] else 2  # a batch has one shape
-            turns, is_flipped = quarter * int(self._rng.integers(4)), bool(self._rng.integers(2))
-            image, label = np.rot90(image, turns, axes=(1, 2)), np.rot90(label, turns)
-            if is_flipped:
-                image, label = image[:, :, ::-1], label[:, ::-1]
-        return torch.from_numpy(image.copy()), torch.from_numpy(label.astype(np.int64))
-
-
 class PlainLoop:
     """Eager, in single precision and PyTorch's own layout of images; it reads the loss after every step.
 
-    Network, loss, optimizer, images and score are the study's. The images go through a DataLoader without processes
-    of its own: they are in memory, and turning one takes less time than sending it from another process.
+    Network, loss, optimizer, images, their number in an epoch, turns, crops and score are the study's. The images go
+    through a DataLoader without processes of its own: they are in memory, and turning one takes less time than sending
+    it from another process.
+
+    Rotation, elastic deformation, mirrored quarters, schedules and patience are left out: where a study has these, the
+    loop does less work than a trial, and ratios to it err on the low side. Images that validate are predicted whole,
+    also where a trial predicts tiles.
+
+    Args:
+        trainee: What is trained; its first fold alone, and its precision is not heeded.
     """
 
     def __init__(self, trainee: Trainee) -> None:
         file, self.device = trainee.study_file, trainee.device
         split, dataset = split_params(file, trainee.params), _dataset(trainee)
+        training, loss = split.training, LOSSES[file.loss]
         self._seed, self._fold = file.sampler.seed, file.folds[0]
         self._n_classes = len(dataset.class_names)
         self.network = build_network(
@@ -60,20 +47,25 @@ class PlainLoop:
             seed=self._seed,
             params=split.network,
         ).to(self.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=split.training.learning_rate)
-        loss, self._metric = LOSSES[file.loss], METRICS[file.score]
-        if loss.needs_border:
-            raise ParameterError(name="loss", expected="one that needs no distances between cells", got=file.loss)
-        self._loss = loss.function
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        self._loss, self._metric = loss.function, METRICS[file.score]
         self._coefficients = {
             name: torch.tensor(value, device=self.device) for name, value in split.coefficients.items()
         }
-        rng = generator(self._seed, "plain") if split.training.augmentation else None
-        self.train_batches = self._loader(dataset, "train", batch_size=split.training.batch_size, rng=rng)
-        self.val_batches = self._loader(dataset, "val", batch_size=split.training.batch_size)
-        train = dataset.indices("train", fold=self._fold)
-        self.n_train = len(train)
-        labels = torch.from_numpy(dataset.labels[train]).to(self.device)
+        rng = generator(self._seed, "plain")
+        train, val = (
+            part_arrays(dataset, part, fold=self._fold, training=training, needs_border=loss.needs_border)
+            for part in ("train", "val")
+        )
+        n_train = len(train[0])
+        batch_size, n_steps = min(training.batch_size, n_train), training.steps_per_epoch
+        self.images_per_epoch = n_train if n_steps is None else n_steps * batch_size
+        images = PlainImages(train, rng, is_turned=training.augmentation, crop=training.crop)
+        self.train_batches = self._loader(images, batch_size=batch_size, n_drawn=self.images_per_epoch)
+        self.val_batches = self._loader(PlainImages(val, rng), batch_size=training.batch_size)
+        labels = torch.from_numpy(train[1]).to(self.device)
         self._class_weights = balanced_weights(labels, n_classes=self._n_classes)
         self._epoch, self._best = 0, -math.inf
         self.best_weights: dict[str, Tensor] = {}
@@ -83,18 +75,25 @@ class PlainLoop:
         self._epoch += 1
         redraw(self.network, seed=self._seed, fold=self._fold, epoch=self._epoch)
         self.network.train()
-        for image, target in self.train_batches:
-            self.step(image, target)
+        for batch in self.train_batches:
+            self.step(*batch)
         score = self.validate()
         if score > self._best:
             self._best, self.best_weights = score, copy.deepcopy(self.network.state_dict())
         return score
 
-    def step(self, image: Tensor, target: Tensor) -> float:
-        """Train on one batch; return its loss."""
-        image, target = image.to(self.device), target.to(self.device)
+    def step(self, image: Tensor, label: Tensor, border: Tensor | None = None) -> float:
+        """Train on one batch; return its loss.
+
+        Args:
+            image: [b c h w].
+            label: [b h w].
+            border: Distances to cells [b h w], for a loss that looks at them.
+        """
+        image, label = image.to(self.device), label.to(self.device)
+        border = None if border is None else border.to(self.device)
         self.optimizer.zero_grad()
-        batch = Batch(image, target, class_weights=self._class_weights)
+        batch = Batch(image, label, border, self._class_weights)
         loss = self._loss(self.network(image), batch, self._coefficients)
         loss.backward()
         self.optimizer.step()
@@ -113,15 +112,15 @@ class PlainLoop:
         return self._metric.function(torch.cat(preds), torch.cat(targets), n_classes=self._n_classes).value.item()
 
     def _loader(
-        self, dataset: Dataset, part: str, *, batch_size: int, rng: np.random.Generator | None = None
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
-        indices = dataset.indices(part, fold=self._fold)  # type: ignore[arg-type]
+        self, images: PlainImages, *, batch_size: int, n_drawn: int | None = None
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        """Return batches of as many images as are to be drawn, none again before all were; else of all in order."""
         order = torch.Generator()
-        order.manual_seed(derive(self._seed, "plain", part))
+        order.manual_seed(derive(self._seed, "plain", "order"))
         return DataLoader(
-            PlainImages(dataset.images[indices], dataset.labels[indices], rng),
+            images,
             batch_size=batch_size,
-            shuffle=part == "train",
+            sampler=None if n_drawn is None else RandomSampler(images, num_samples=n_drawn, generator=order),
             generator=order,
             pin_memory=self.device.type == "cuda",
         )
@@ -129,7 +128,8 @@ class PlainLoop:
 
 def _dataset(trainee: Trainee) -> Dataset:
     """Return the images at the size that is trained; where a study searches sizes, not that of its first trial."""
-    image_size = split_params(trainee.study_file, trainee.params).training.image_size
-    if image_size == first_image_size(trainee.study_file):
+    file = trainee.study_file
+    image_size = split_params(file, trainee.params).training.image_size
+    if image_size == first_image_size(file):
         return trainee.dataset
-    return load_dataset(trainee.study_file.dataset, image_size=image_size)
+    return load_dataset(file.dataset, image_size=image_size, n_folds=file.n_folds)

@@ -41,7 +41,7 @@ def _train(trainee: Trainee, arrangement: Arrangement, seconds: float, wait: Cal
             loop.epoch()  # waits for the device: it returns a number
             n_epochs += 1
         elapsed = time.perf_counter() - started
-    return Speed(arrangement, n_epochs * loop.n_train / elapsed, peak_memory(trainee.device))
+    return Speed(arrangement, n_epochs * loop.images_per_epoch / elapsed, peak_memory(trainee.device))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def bench_json(bench: Bench) -> dict[str, Any]:
         "versions": {"frem_search": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "flop_per_image": round(bench.image_flops),
         "matmul_flop_per_s": {name: round(rate) for name, rate in bench.matmul_rates.items()},
-        "note": f"trials_per_hour = 3600 * images_per_s / (n_epochs * n_train); {LEFT_OUT}",
+        "note": f"trials_per_hour = 3600 * images_per_s / images_per_trial; {LEFT_OUT}",
         "rows": [_row_json(bench, row) for row in bench.rows],
     }
 
@@ -70,7 +70,7 @@ def bench_lines(bench: Bench) -> list[str]:
         "",
         *_table(bench),
         "",
-        f"trials/h: 3600 * images/s / ({bench.n_epochs} epochs * {bench.n_train} images); {LEFT_OUT}.",
+        f"trials/h: 3600 * images/s / {bench.images_per_trial}, a trial's images in all epochs and folds; {LEFT_OUT}.",
         f"GFLOP/s: {bench.image_flops / 1e9:.3g} GFLOP a training image, validation included; of product: the share "
         f"of a matrix product's, {rates} GFLOP/s.",
         *(f"{row.entrant}, {row.entrant.precision}: could not be run: {row.error}" for row in failed),

@@ -84,6 +84,7 @@ class Bench:
         image_size: Rows and columns of an image.
         batch_size: Images in a step.
         n_epochs: Of a trial.
+        images_per_trial: Training images of all its epochs and folds.
         n_rounds: How often each row was measured.
         seconds: How long at least in each round.
         image_flops: Floating-point operations for one training image, validation included.
@@ -100,6 +101,7 @@ class Bench:
     image_size: tuple[int, int]
     batch_size: int
     n_epochs: int
+    images_per_trial: int
     n_rounds: int
     seconds: float
     image_flops: float
@@ -113,7 +115,7 @@ class Bench:
     def trials_per_hour(self, row: Row) -> Spread | None:
         """Return how many trials a row trains in an hour, if nothing but training and validation took time."""
         speeds = self.images_per_s(row)
-        return speeds and speeds.times(3600 / (self.n_epochs * self.n_train))
+        return speeds and speeds.times(3600 / self.images_per_trial)
 
     def ratio_to_plain(self, row: Row) -> Spread | None:
         """Return the ratios to the plain loop of the same round: what slowed the machine slowed both."""
