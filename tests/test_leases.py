@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -268,6 +269,62 @@ def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, oth
     assert others.claim() == "spent"
     assert [trial.value for trial in stored(storage)] == [0.5]
     assert lease_row(storage, held).token is None
+
+
+def statements_of(storage, action):
+    seen = []
+    sa.event.listen(storage.engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
+    action()
+    return seen
+
+
+READS_TRIALS = "FROM trials \nWHERE trials.study_id"
+
+
+def test_a_claim_reads_the_trials_before_it_holds_up_others(storage, other_storage):
+    leases = make_leases(storage, make_study(storage, n_trials=9))
+    for _ in range(6):
+        leases.tell(leases.claim(), state=TrialState.COMPLETE, value=0.5, **DONE)
+    late = make_leases(other_storage, make_study(other_storage, n_trials=9, sampler="tpe"))
+    seen = statements_of(other_storage, late.claim)
+    locked = next(i for i, statement in enumerate(seen) if "FOR UPDATE OF s" in statement)
+    params = [
+        i for i, statement in enumerate(seen) if "FROM trial_params \nWHERE trial_params.trial_id IN" in statement
+    ]
+    assert len(params) == 1
+    assert params[0] < locked  # all that is read under the lock is what has changed: nothing
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
+def test_a_claim_reads_what_others_did_once(storage, other_storage, sampler):
+    """However often the sampler looks; what it is told of is what was stored when the study was locked."""
+    leases = make_leases(storage, make_study(storage, n_trials=20, sampler=sampler))
+    others = make_leases(other_storage, make_study(other_storage, n_trials=20, sampler=sampler))
+    for _ in range(5):
+        leases.tell(leases.claim(), state=TrialState.COMPLETE, value=0.5, **DONE)
+        others.tell(others.claim(), state=TrialState.PRUNED, **DONE)
+        others.claim()
+    seen = statements_of(storage, leases.claim)
+    assert sum(READS_TRIALS in statement for statement in seen) == 1
+    known = leases._study.get_trials(deepcopy=False)
+    assert [trial.state.name for trial in known] == ["COMPLETE", "PRUNED", "RUNNING"] * 5 + ["RUNNING"]
+
+
+def test_reading_once_changes_no_suggestion(storage, other_storage, monkeypatch):
+    def params(name, opened):
+        leases = make_leases(opened, make_study(opened, n_trials=16, name=name, sampler="tpe"))
+        held = [leases.claim(), leases.claim()]  # two trials side by side, of which TPE keeps clear
+        while held:
+            done = held.pop(0)
+            value = -((done.trial.params["B"] - 99) ** 2)
+            leases.tell(done, state=TrialState.COMPLETE, value=value, **DONE)
+            if isinstance(claimed := leases.claim(), Held):
+                held.append(claimed)
+        return [trial.params for trial in stored(storage, name)]
+
+    once = params("once", storage)
+    monkeypatch.setattr(type(other_storage), "reading_once", lambda _: nullcontext())
+    assert params("each time", other_storage) == once
 
 
 def test_a_second_tell_of_the_same_worker_changes_nothing(storage):

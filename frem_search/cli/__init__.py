@@ -7,7 +7,7 @@ import typer
 
 from frem_search import __version__
 from frem_search.cli import bench, dashboard, data, db, model, search, service, studies
-from frem_search.errors import FremSearchError
+from frem_search.errors import FremSearchError, UsageError
 from frem_search.stop import interrupt_on_signals
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
     interrupt_on_signals()
     try:
+        _require_text()
         status = app(prog_name="frem-search", standalone_mode=False)
         sys.stdout.flush()  # here, and not when Python exits, where a reader that has gone could not be caught
     except FremSearchError as error:
@@ -68,6 +69,17 @@ def main() -> None:
             sys.exit(status)
         raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _require_text() -> None:
+    """Refuse arguments and variables that are not UTF-8: neither the database nor stdout takes them."""
+    variables = [(name, value) for name, value in os.environ.items() if name.startswith("FREM_SEARCH_")]
+    for name, text in [*(("argument", word) for word in sys.argv[1:]), *variables]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = f"{name}: expected text in UTF-8, but got {text!r}. Rename what it stands for."
+            raise UsageError(message) from None
 
 
 def _explain(message: str, status: int) -> int:

@@ -61,9 +61,10 @@ def listen(host: str, port: int) -> Listening:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.create_server(address[:2], family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError of a name that no network has
+        reason = getattr(error, "strerror", None) or error
         message = (
-            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}. "
+            f"--host {host} --port {port}: cannot be listened on: {reason}. "
             "Choose another --port (0 takes a free one), or an address of this machine."
         )
         raise UsageError(message) from None
