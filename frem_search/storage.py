@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -218,18 +218,20 @@ class Storage:
             known.add(study_id)
             return usual(study_id, *args, **kwargs)
 
-        backend._get_trials = read
+        backend._get_trials = read  # type: ignore[method-assign] # Optuna has no such setting
         try:
             yield
         finally:
-            backend._get_trials = usual
+            backend._get_trials = usual  # type: ignore[method-assign]
 
     def get_to_know(self, study_id: int) -> None:
         """Read the trials of a study, unless they were read before; later only those are read that have changed.
 
         Thousands of them take seconds: whoever reads them first under the study's lock holds up all other workers.
         """
-        if study_id not in self._known:
+        if study_id in self._known:
+            return
+        with suppress(KeyError):  # deleted meanwhile: whoever locks it tells so
             self.optuna.get_all_trials(study_id, deepcopy=False)
             self._known.add(study_id)
 
