@@ -166,7 +166,7 @@ def test_names_of_datasets(tmp_path, monkeypatch):
 
 
 def test_registry_knows_itself():
-    assert list(DATASETS) == ["mouse", "drosophila", "mouse_synthetic", "drosophila_synthetic"]
+    assert list(DATASETS) == ["mouse", "drosophila", "isbi2012", "h1299", "mouse_synthetic", "drosophila_synthetic"]
     for name, source in DATASETS.items():
         assert source.name == name
         assert (source.prepare is None) != (source.synthesize is None)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import sqlalchemy as sa
 
+from frem_search.data import DATASETS
 from frem_search.doctor import database, examine, machine, secrets_of
 from frem_search.errors import ChromeNotFoundError, StorageError
 from frem_search.storage import open_storage
@@ -28,7 +29,7 @@ def finding(findings, check):
 def test_a_machine_that_can_search_has_no_failure(storage_url, tmp_path):
     findings = look(storage_url, tmp_path)
     assert [each.line() for each in findings if each.state == "FAIL"] == []
-    assert [each.check for each in findings] == [*CHECKS, *["dataset"] * 4, "database", *DATABASE_CHECKS]
+    assert [each.check for each in findings] == [*CHECKS, *["dataset"] * len(DATASETS), "database", *DATABASE_CHECKS]
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
@@ -121,7 +122,8 @@ def test_packages_are_compared_with_what_is_needed(monkeypatch, needed, state, e
 
 def test_missing_real_images_are_a_warning_and_generated_ones_are_not(storage_url, tmp_path):
     states = {each.found.split(":")[0]: each.state for each in look(storage_url, tmp_path) if each.check == "dataset"}
-    assert states == {"mouse": "warn", "drosophila": "warn", "mouse_synthetic": "ok", "drosophila_synthetic": "ok"}
+    real = dict.fromkeys(("mouse", "drosophila", "isbi2012", "h1299"), "warn")
+    assert states == real | {"mouse_synthetic": "ok", "drosophila_synthetic": "ok"}
 
 
 @pytest.mark.parametrize("setting", ["SET TIME ZONE 'Asia/Tokyo'", "SET transaction_isolation = 'serializable'"])

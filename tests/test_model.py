@@ -67,7 +67,7 @@ def study(tmp_path_factory, tiny_dataset):
 
 @pytest.fixture(scope="module")
 def weights(study):
-    return load_weights(trained(study).weights, where="here")
+    return load_weights(trained(study).weights[""], where="here")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_setting_that_nobody_takes_is_refused(tiny_study, name, value):
 
 
 def test_settings_replace_what_the_study_fixes(tiny_study):
-    params = load_weights(trained(tiny_study, base_channels=6, B=24).weights, where="here").params
+    params = load_weights(trained(tiny_study, base_channels=6, B=24).weights[""], where="here").params
     assert (params["base_channels"], params["B"], params["depth"]) == (6, 24, 2)
 
 
@@ -217,7 +217,7 @@ def test_weights_that_cannot_be_written_leave_the_file_that_was_there(tmp_path, 
         "pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with pytest.raises(ArtifactError, match="No space left"):
-        save_weights(b"after", path)
+        save_weights({"": b"after"}, path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -247,7 +247,7 @@ def test_trial_trained_from_what_is_stored_has_the_trials_weights(record, tiny_d
     trial = find_trial(record, "best")
     kept = stored_weights(record, trial, artifacts=artifacts)
     again = settle(stored_study_file(record, trial, dataset=str(tiny_dataset)), trial_params(record, trial))
-    content = train(again, load_dataset(str(tiny_dataset), image_size=32), device="cpu").weights
+    content = train(again, load_dataset(str(tiny_dataset), image_size=32), device="cpu").weights[""]
     assert_equal(load_weights(content, where="here"), dataclasses.replace(kept, trial=None))
 
 

@@ -87,7 +87,7 @@ def cyclic_folds(cases: Sequence[str], *, n_folds: int, n_test: int, n_val: int,
     there are cases, test parts overlap as little as they can.
 
     >>> [fold.test for fold in cyclic_folds(["a", "b", "c"], n_folds=3, n_test=2, n_val=0, seed=0)]
-    [('a', 'b'), ('a', 'c'), ('b', 'c')]
+    [('b', 'c'), ('a', 'b'), ('a', 'c')]
     """
     n = len(cases)
     if not 2 <= n_folds <= n or n_test + n_val >= n:
