@@ -5,6 +5,7 @@ python -m benchmarks.overshoot [--runs 20] [--workers 8] [--trials 20]
 
 import argparse
 import os
+import statistics
 import threading
 import uuid
 from collections.abc import Callable
@@ -75,7 +76,10 @@ def main() -> None:
             beyond = [
                 overshoot(work, url, workers=options.workers, n_trials=options.trials) for _ in range(options.runs)
             ]
-            print(f"{label:13} beyond the budget: {min(beyond)} to {max(beyond)}, in all {sum(beyond)}")
+            middle = statistics.median(beyond)
+            print(
+                f"{label:13} beyond the budget: median {middle:g}, {min(beyond)} to {max(beyond)}, in all {sum(beyond)}"
+            )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Four workers train 60 trials of two seconds. Every two seconds one is killed and
 five times, and one worker is stopped for longer than its lease and then continued. Plain Optuna has its heartbeat, its
 retry callback, pre-ping and MaxTrialsCallback; a worker that ends with an error is replaced in both.
 
-    python -m benchmarks.storm [--trials 60] [--workers 4] [--kill-every 2] [--restarts 5]
+    python -m benchmarks.storm [--trials 60] [--workers 4] [--kill-every 2] [--restarts 5] [--longest 200] [--seed 0]
 """
 
 import argparse
@@ -40,7 +40,6 @@ SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0)}
 N_EPOCHS, EPOCH_S = 8, 0.25
 LEASE_S = 8.0  # of frem-search; of plain Optuna the grace period
 HEARTBEAT_S = 2
-LONGEST_S = 200.0
 
 
 def value(params: Mapping[str, Any]) -> float:
@@ -204,11 +203,11 @@ def storm(role: str, server: Any, options: argparse.Namespace, folder: Path) -> 
     url = server.url(database=database).replace("postgresql:", "postgresql+psycopg2:")
     command = [sys.executable, "-m", "benchmarks.storm", "--role", role, "--trials", str(options.trials)]
     os.environ |= {"STORM_URL": url, "STORM_FOLDER": str(folder)}
-    team, rng = Team(command, options.workers, folder.parent / f"{role}.log"), generator(0, "storm")
+    team, rng = Team(command, options.workers, folder.parent / f"{role}.log"), generator(options.seed, "storm")
     started = time.monotonic()
     next_kill, next_restart, n_restarts, n_kills, n_failed = started + 6, started + 10, 0, 0, 0
     stopped, is_stopped_done, continue_at = None, False, 0.0
-    while time.monotonic() - started < LONGEST_S and not team.is_done():
+    while time.monotonic() - started < options.longest and not team.is_done():
         now = time.monotonic()
         if now > next_restart and n_restarts < options.restarts:
             server.restart("fast", away_s=1.0)
@@ -248,6 +247,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--kill-every", type=float, default=2.0)
     parser.add_argument("--restarts", type=int, default=5)
+    parser.add_argument("--longest", type=float, default=200.0, help="seconds after which a study is cut")
+    parser.add_argument("--seed", type=int, default=0, help="of who is killed")
     parser.add_argument("--role", choices=["ours", "plain"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
