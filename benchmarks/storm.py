@@ -76,6 +76,10 @@ class Slow:
     best_score: float = -1.0
     in_sequence: bool = False
 
+    @property
+    def is_done(self) -> bool:
+        return self.epoch >= N_EPOCHS
+
     def train(self) -> None:
         time.sleep(EPOCH_S)
         self.epoch += 1
@@ -100,10 +104,10 @@ class SlowObjective:
         return member
 
     def epochs(self) -> Iterator[Report]:
-        while active := [each for each in self.members.items() if each[1].epoch < N_EPOCHS]:
+        while active := [each for each in self.members.items() if not each[1].is_done]:
             for number, member in active:
                 member.train()
-                yield Report(number, member.epoch, member.best_score, is_done=member.epoch == N_EPOCHS)
+                yield Report(number, member.epoch, member.best_score, is_done=member.is_done)
 
     def trial(self, number: int) -> Slow:
         return self.members[number]
@@ -227,6 +231,9 @@ def storm(role: str, server: Any, options: argparse.Namespace, folder: Path) -> 
     team.end()
     study = optuna.load_study(study_name=NAME, storage=optuna.storages.RDBStorage(url))
     states = Counter(trial.state.name for trial in study.trials)
+    reasons = Counter(trial.user_attrs["reason"] for trial in study.trials if "reason" in trial.user_attrs)
+    for reason, n in reasons.items():
+        print(f"{role}: {n} trials ended with: {reason}")
     return {
         "ended by themselves": is_ended,
         "seconds": round(seconds),

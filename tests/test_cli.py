@@ -202,6 +202,13 @@ def test_a_call_that_cannot_be_read_is_2(call, args, says):
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.parametrize("given", [{"args": ["--dataset", "\udcff"]}, {"settings": {"FREM_SEARCH_DATASET": "\udcff"}}])
+def test_what_is_no_utf8_is_refused(call, tiny_study, given):
+    """As a file system has it that was written in another encoding: neither the database nor stdout takes it."""
+    told = call("status", "--study", tiny_study, *given.get("args", []), **given.get("settings", {}))
+    assert_told(told, 2, "expected text in UTF-8, but got '", "udcff'. Rename what it stands for.")
+
+
 def test_a_variable_that_cannot_be_read_is_named(call):
     answer = call("run", "--study", "s", FREM_SEARCH_N_TRIALS="many")
     assert answer.returncode == 2

@@ -110,13 +110,16 @@ NEARLY = {
     "cohorts": ["0", "1,1", "64"],
     "layouts": ["stacked", "in_trun"],
 }  # fmt: skip
-ALWAYS = {  # what would train, measure or draw for seconds otherwise
+ALWAYS = {  # what would train, measure or draw for seconds otherwise, or take the study away from the other calls
     "train": {"dataset": ["<missing>"]},
     "bench": {"dataset": ["<missing>"]},
     "figures": {"format": ["html", "bmp", "html,,"], "only": ["history", "histroy"]},
+    "study delete": {"study": ["mouse_fram", "<tiny>", "tiny-quick"]},
     "study check": {"studies": ["<tiny>", "<broken>", "mouse_fram"]},
-    "dashboard": {"storage": [NOBODY, "sqlite:///x.db"]},
 }
+
+
+USUALLY = {"study fork": {"study": ["<other>"]}, "data prepare": {"source": ["<pictures>"]}}
 
 
 def commands(group=None, path=()):
@@ -135,19 +138,20 @@ COMMANDS = dict(commands())
 def calls(draw):
     """Words and variables of a call of which up to two parameters are wrong, and the others right or left out."""
     path = draw(st.sampled_from(list(COMMANDS)))
-    always = ALWAYS.get(" ".join(path), {})
+    always, usually = ALWAYS.get(" ".join(path), {}), RIGHT | USUALLY.get(" ".join(path), {})
     given = [
         param
         for param in COMMANDS[path].params
-        if param.name in always or (param.name != "help" and (param.required or not draw(st.integers(0, 2))))
+        if param.name in always
+        or (param.name != "help" and (param.required or param.name == "study" or not draw(st.integers(0, 3))))
     ]
-    n_wrong = draw(st.integers(0, 2))
+    n_wrong = draw(st.sampled_from([0, 0, 1, 1, 2]))
     wrong = {param.name for param in draw(st.permutations(given))[:n_wrong]}
     if draw(st.integers(0, 9)) == 0:
-        given = [param for param in given if param.name not in wrong]  # what is required may be missing
+        given = [param for param in given if param.name not in wrong.difference(always)]  # required or not
     words, variables = [], {}
     for param in given:
-        nearly, right = NEARLY.get(param.name, []), RIGHT.get(param.name, [])
+        nearly, right = NEARLY.get(param.name, []), usually.get(param.name, [])
         usual = right if right and param.name not in wrong else nearly or ["1"]
         values = st.sampled_from(always.get(param.name) or usual)
         value = draw(values | HOSTILE if param.name in wrong and param.name not in always else values)
@@ -209,12 +213,20 @@ def world(tmp_path, tiny_study, tiny_dataset, storage_url, storage, monkeypatch)
     monkeypatch.setenv("FREM_SEARCH_ARTIFACTS", str(artifacts))
     paths = {"tiny": tiny_study, "dataset": tiny_dataset, "artifacts": artifacts}
     paths |= {"image": tiny_dataset / "imagesTr/case00_0000.png", "label": tiny_dataset / "labelsTr/case00.png"}
-    paths |= {name: tmp_path / name for name in ("missing", "folder", "text", "bytes", "broken")}
-    paths["broken"] = tmp_path / "broken.toml"
+    paths |= {name: tmp_path / name for name in ("missing", "folder", "text", "bytes")}
+    paths |= {name: tmp_path / f"{name}.toml" for name in ("broken", "other")}
     paths["broken"].write_text(text.replace("high = 16", "high = 17"))
+    paths["other"].write_text(tiny_study.read_text())
+    paths["pictures"] = tmp_path / "pictures"
+    for kind, suffix in (("images", "_0000"), ("labels", "")):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for i in range(4):
+            source = tiny_dataset / f"{kind}Tr" / f"case{i:02d}{suffix}.png"
+            (tmp_path / "pictures" / kind / f"{i}.png").write_bytes(source.read_bytes())
     paths["folder"].mkdir()
     paths["text"].write_text("some\ntext\n")
     paths["bytes"].write_bytes(b"\x89PNG\r\n\x1a\n\xff\x00" + bytes(64))
+    monkeypatch.setattr("frem_search.dashboard.server.serve", lambda *_: None)  # it would until Ctrl-C
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield {f"<{name}>": str(path) for name, path in paths.items()}
     for number, handler in handlers.items():

@@ -224,6 +224,12 @@ def test_a_port_that_is_taken_is_told():
         listen("nobody.invalid", 0)
 
 
+@pytest.mark.parametrize("host", ["x" * 300, "a..b", "256.256.256.256"])
+def test_a_host_that_no_network_has_is_told(host):
+    with pytest.raises(UsageError, match=rf"^--host {host} --port 0: cannot be listened on: "):
+        listen(host, 0)
+
+
 def test_names_are_checked_on_loopback_alone():
     for host, is_checked in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
         listening = listen(host, 0)

@@ -169,7 +169,7 @@ ranges = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.sampled_from("abc"), ranges | st.lists(numbers, max_size=3) | numbers))
-@settings(derandomize=True, max_examples=200, deadline=None, database=None)
+@settings(derandomize=True, max_examples=1000, deadline=None, database=None)
 def test_what_parses_has_distributions_that_hold_its_edges(table):
     try:
         space = parse_space(table, where="s.toml: params")
