@@ -114,6 +114,7 @@ ALWAYS = {  # what would train, measure or draw for seconds otherwise, or take t
     "train": {"dataset": ["<missing>"]},
     "bench": {"dataset": ["<missing>"]},
     "figures": {"format": ["html", "bmp", "html,,"], "only": ["history", "histroy"]},
+    "db upgrade": {"storage": NEARLY["storage"]},
     "study delete": {"study": ["mouse_fram", "<tiny>", "tiny-quick"]},
     "study check": {"studies": ["<tiny>", "<broken>", "mouse_fram"]},
 }
