@@ -1,8 +1,9 @@
 """A database URL, or none for the embedded PostgreSQL, becomes an engine and Optuna storage that share transactions."""
 
+import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import optuna
 import psycopg2
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from psycopg2.extensions import make_dsn
 from sqlalchemy import exc, orm
 
@@ -21,9 +23,9 @@ from frem_search.files import read_secret
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
+States = Container[TrialState]
 
 DRIVER = "postgresql+psycopg2"
 PASSWORD_FILE = "FREM_SEARCH_PASSWORD_FILE"
@@ -209,20 +211,19 @@ class Storage:
 
         It looks for enqueued trials first, and the sampler looks again for itself; each time all running ones are read.
         """
-        backend = self._backend
-        usual, known = backend._get_trials, set[int]()
+        usual, known = self.optuna.get_all_trials, dict[int, list[FrozenTrial]]()
 
-        def read(study_id: int, *args: Any, **kwargs: Any) -> "list[FrozenTrial]":
-            if study_id in known:
-                return []
-            known.add(study_id)
-            return usual(study_id, *args, **kwargs)
+        def read(study_id: int, deepcopy: bool = True, states: States | None = None) -> list[FrozenTrial]:  # noqa: FBT001, FBT002 Optuna's signature
+            if study_id not in known:
+                known[study_id] = usual(study_id, deepcopy=False)
+            trials = [trial for trial in known[study_id] if states is None or trial.state in states]
+            return copy.deepcopy(trials) if deepcopy else trials
 
-        backend._get_trials = read  # type: ignore[method-assign] # Optuna has no such setting
+        self.optuna.get_all_trials = read  # type: ignore[method-assign] # Optuna has no such setting
         try:
             yield
         finally:
-            backend._get_trials = usual  # type: ignore[method-assign]
+            del self.optuna.get_all_trials
 
     def get_to_know(self, study_id: int) -> None:
         """Read the trials of a study, unless they were read before; later only those are read that have changed.

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from frem_search.errors import WorkerError
-from frem_search.launch.local import LocalWorkers, devices_of, share_of_cores
+from frem_search.launch.local import devices_of, local_workers, share_of_cores
 from frem_search.launch.team import MOST_DEATHS_IN_A_ROW
 from frem_search.launch.watch import watch
 from frem_search.processes import PARENT, has_lost_parent
@@ -109,18 +109,9 @@ def test_workers_leave_when_their_command_is_killed(run, storage):
     assert "running" not in {trial.state for trial in trials_of(storage)}
 
 
-class Script(LocalWorkers):
-    """Workers that are another program: what keeps them alive is what is tested."""
-
-    def __init__(self, script, *, n=1, storage, is_stopping=lambda: False):
-        super().__init__(
-            [], ["cpu"] * n, storage=storage, study="tiny", environment={"SCRIPT": script}, is_stopping=is_stopping
-        )
-
-
 @pytest.fixture
 def scripted(monkeypatch, storage, study, tmp_path):
-    """Begin the study, and let every worker run a line of Python instead."""
+    """Begin the study, and return what tells of workers that run a line of Python instead."""
     from frem_search.join import open_worker
     from frem_search.study_file import load_study_file
 
@@ -130,13 +121,21 @@ def scripted(monkeypatch, storage, study, tmp_path):
     program.write_text('#!/bin/sh\nexec python3 -c "$SCRIPT"\n')
     program.chmod(0o755)
     monkeypatch.setattr("frem_search.launch.local.sys.executable", str(program))
-    return lambda script, **settings: Script(script, storage=storage, **settings)
+
+    def events(script, *, n=1, is_stopping=lambda: False):
+        team = local_workers(
+            [], ["cpu"] * n, storage=storage, study="tiny", environment={"SCRIPT": script}, is_stopping=is_stopping
+        )
+        with team:
+            yield from team.events()
+
+    return events
 
 
 def test_workers_that_are_killed_again_and_again_are_given_up(scripted):
-    team = scripted("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    events = scripted("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(WorkerError, match=rf"{MOST_DEATHS_IN_A_ROW} workers were killed \(SIGKILL\)"):
-        list(team.events())
+        list(events)
 
 
 def test_a_worker_that_ends_with_an_error_ends_all_with_its_words(scripted, tmp_path):
@@ -153,7 +152,7 @@ time.sleep(1)
 sys.exit('frem-search: the disk is full.')
 """
     with pytest.raises(WorkerError, match=r"a worker on cpu ended with status 1: the disk is full\."):
-        list(scripted(script, n=2).events())
+        list(scripted(script, n=2))
     assert mark.exists()
 
 

@@ -1,7 +1,7 @@
 """Where the workers of `run` are: in this process, in others of this machine, or on a cluster."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from frem_search.errors import UsageError
 
 if TYPE_CHECKING:
     from frem_search.join import Opened
+    from frem_search.launch.team import Team
     from frem_search.record import StudyRecord
     from frem_search.storage import Storage
     from frem_search.study_file import StudyFile
@@ -66,11 +67,46 @@ class Asked:
 
 def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search in this process, or in several of this machine."""
-    from frem_search.cli.progress import show_progress
-    from frem_search.launch.local import LocalWorkers, devices_of
-    from frem_search.record import read_record
+    from frem_search.launch.local import devices_of, local_workers
+    from frem_search.parameters import check
 
     devices = devices_of(asked.device, asked.workers)
+    if len(devices) == 1 or _is_measured(asked, devices):
+        n_workers = _search_alone(asked, storage, devices, is_stopping=is_stopping)
+        devices = devices_of(asked.device, n_workers)
+    else:
+        check(asked.study_file)  # all else the workers see for themselves, and begin the study
+    if len(devices) == 1 or is_stopping():
+        return
+    team = local_workers(
+        worker_arguments(
+            **asked.which,
+            artifacts=asked.artifacts,
+            cohort=None if asked.cohort == "auto" else asked.cohort,  # what was measured is stored with the study
+            checkpoint_every=asked.checkpoint_every,
+        ),
+        devices,
+        storage=storage,
+        study=asked.study_file.name,
+        # Not an option: a password in it would be seen by every user of this machine.
+        environment={"FREM_SEARCH_STORAGE": asked.storage_url} if asked.storage_url else {},
+        is_stopping=is_stopping,
+    )
+    _show_team(team, asked)
+
+
+def _is_measured(asked: Asked, devices: Sequence[str]) -> bool:
+    """Whether it takes a measurement to tell how many trials train side by side."""
+    from frem_search.training.device import find_device
+
+    return asked.cohort == "auto" or (asked.cohort is None and find_device(devices[0]).type != "cpu")
+
+
+def _search_alone(asked: Asked, storage: "Storage", devices: Sequence[str], *, is_stopping: Callable[[], bool]) -> int:
+    """Begin the study or join it, and search if one process is to do that; return how many are."""
+    from frem_search.cli.progress import show_progress
+    from frem_search.record import read_record
+
     with open_worker(
         asked.study_file,
         storage,
@@ -81,28 +117,29 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
         checkpoint_every=asked.checkpoint_every,
         is_stopping=is_stopping,
     ) as (_, worker, arrangement):
-        before = read_record(storage, asked.study_file.name, has_curves=False)
-        _note_budget(before, asked)
         if arrangement.workers == 1:
+            before = read_record(storage, asked.study_file.name, has_curves=False)
+            _note_budget(before, asked)
             with closing(worker.work()) as events:  # whatever happens, trials are let go before the database is
                 show_progress(events, before)
-    if arrangement.workers > 1 and not is_stopping():
-        team = LocalWorkers(
-            worker_arguments(**asked.which, artifacts=asked.artifacts, checkpoint_every=asked.checkpoint_every),
-            devices_of(asked.device, arrangement.workers),
-            storage=storage,
-            study=asked.study_file.name,
-            # Not an option: a password in it would be seen by every user of this machine.
-            environment={"FREM_SEARCH_STORAGE": asked.storage_url} if asked.storage_url else {},
-            is_stopping=is_stopping,
-        )
+        return arrangement.workers
+
+
+def _show_team(team: "Team", asked: Asked) -> None:
+    """Show what a team does, until its workers have left."""
+    from frem_search.cli.progress import show_progress
+
+    with team:
+        before = team.begun()
+        if before is None:
+            raise typer.Exit(INTERRUPTED)
+        _note_budget(before, asked)
         with closing(team.events()) as events:
             show_progress(events, before)
 
 
 def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search on a Ray cluster; the study is begun there, as this machine may have neither GPU nor images."""
-    from frem_search.cli.progress import show_progress
     from frem_search.launch.ray import ray_cluster, ray_workers, require_this_machine
     from frem_search.launch.room import plan, room
     from frem_search.parameters import check
@@ -130,13 +167,7 @@ def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bo
             is_stopping=is_stopping,
             tell=_tell,
         )
-        with team:
-            before = team.begun()
-            if before is None:
-                raise typer.Exit(INTERRUPTED)
-            _note_budget(before, asked)
-            with closing(team.events()) as events:
-                show_progress(events, before)
+        _show_team(team, asked)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,13 +14,18 @@ from frem_search.launch.team import End, Team
 from frem_search.processes import PARENT
 from frem_search.storage import Storage
 from frem_search.training.layouts import n_cores
-from frem_search.worker import TrialEvent
 
 
-class LocalWorkers:
-    """Workers of one study as processes of this machine.
-
-    They stop when this process is gone, whatever ended it.
+def local_workers(
+    arguments: Sequence[str],
+    devices: Sequence[str],
+    *,
+    storage: Storage,
+    study: str,
+    environment: Mapping[str, str],
+    is_stopping: Callable[[], bool],
+) -> Team:
+    """Return workers of one study as processes of this machine, which stop when this one is gone, whatever ended it.
 
     Args:
         arguments: Of `frem-search worker`, without --device.
@@ -30,36 +35,16 @@ class LocalWorkers:
         environment: Variables of the workers beside our own.
         is_stopping: As `Team` takes it.
     """
-
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        devices: Sequence[str],
-        *,
-        storage: Storage,
-        study: str,
-        environment: Mapping[str, str],
-        is_stopping: Callable[[], bool],
-    ) -> None:
-        settings = {**os.environ, **environment, **share_of_cores(len(devices)), PARENT: str(os.getpid())}
-        starts = [partial(_Process, [*arguments, "--device", device], device, settings) for device in devices]
-        self._team = Team(starts, storage=storage, study=study, is_stopping=is_stopping)
-
-    def events(self) -> Generator[TrialEvent, None, None]:
-        """Start the workers and tell what happens to their trials, until all of them have left.
-
-        Raises:
-            WorkerError: As `Team.events`.
-        """
-        with self._team:
-            yield from self._team.events()
+    settings = {**os.environ, **environment, **share_of_cores(len(devices)), PARENT: str(os.getpid())}
+    starts = [partial(_Process, [*arguments, "--device", device], device, settings) for device in devices]
+    return Team(starts, storage=storage, study=study, is_stopping=is_stopping)
 
 
 class _Process:
     """A worker process, and what it writes to stderr."""
 
     def __init__(self, arguments: Sequence[str], place: str, environment: Mapping[str, str]) -> None:
-        self.place = place
+        self.place = "this machine" if place == "auto" else place
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 read when the worker is gone
         # A session of its own: Ctrl-C comes to us alone, and we tell the workers once.
         self._process = subprocess.Popen(
