@@ -1,6 +1,7 @@
 """Checkpoints, weights and predictions of trials under one URL: a folder, or any storage that fsspec knows."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,15 @@ def artifacts_url(given: str | None = None) -> str:
     return given or os.environ.get("FREM_SEARCH_ARTIFACTS") or str(home() / "artifacts")
 
 
+def masked(url: str) -> str:
+    """Return a URL as it may be shown: without user and password.
+
+    >>> masked("sftp://me:secret@example.org/frem"), masked("s3://bucket/a@b")
+    ('sftp://***@example.org/frem', 's3://bucket/a@b')
+    """
+    return re.sub(r"://[^@/]*:.*@", "://***@", url)
+
+
 class Artifacts:
     """The artifacts of one study.
 
@@ -30,7 +40,10 @@ class Artifacts:
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            message = f"{url}: cannot be used for artifacts: {error}. Give a folder, or install the fsspec driver."
+            reason = masked(str(error).replace(url, masked(url)))
+            message = (
+                f"{masked(url)}: cannot be used for artifacts: {reason}. Give a folder, or install the fsspec driver."
+            )
             raise ArtifactError(message) from None
         self._root = f"{root.rstrip('/')}/{prefix}"
         self._is_local = "file" in self._files.protocol
@@ -50,10 +63,9 @@ class Artifacts:
             raise ArtifactError(message)
 
     def url(self, name: str) -> str:
-        """Return where a file lies, for messages and other tools."""
-        return (
-            str(self._files.unstrip_protocol(f"{self._root}/{name}")) if not self._is_local else f"{self._root}/{name}"
-        )
+        """Return where a file lies, for messages and other tools; without a password."""
+        path = f"{self._root}/{name}"
+        return path if self._is_local else masked(str(self._files.unstrip_protocol(path)))
 
     def write(self, name: str, content: bytes) -> None:
         """Store a file: a reader finds the whole of it, or what was there before.
@@ -102,7 +114,7 @@ class Artifacts:
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             message = (
-                f"{self.url(name)}: cannot be {action}: {reason}. Free space, mend the permissions or credentials, or "
-                "set FREM_SEARCH_ARTIFACTS to another place, and run the same command again."
+                f"{self.url(name)}: cannot be {action}: {masked(reason)}. Free space, mend the permissions or "
+                "credentials, or set FREM_SEARCH_ARTIFACTS to another place, and run the same command again."
             )
             raise ArtifactError(message) from error

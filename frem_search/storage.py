@@ -1,11 +1,10 @@
-"""A database URL, or none for the embedded PostgreSQL, becomes an engine and Optuna storage that share transactions."""
+"""One database: transactions that Optuna's statements and ours share."""
 
 import copy
 import os
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
@@ -17,9 +16,9 @@ from psycopg2.extensions import make_dsn
 from sqlalchemy import exc, orm
 
 from frem_search import schema
+from frem_search.database_url import normalise_url, with_password
 from frem_search.embedded import embedded_postgres
 from frem_search.errors import DatabaseAwayError, StorageError
-from frem_search.files import read_secret
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 States = Container[TrialState]
 
-DRIVER = "postgresql+psycopg2"
-PASSWORD_FILE = "FREM_SEARCH_PASSWORD_FILE"
 REFUSALS = ("42501", "25006")  # PostgreSQL's codes for a lack of rights, and for a role that only reads
 
 # A connection that hangs in the middle of a transaction holds up every claim, so the server ends it; clock and
@@ -39,39 +36,6 @@ SET statement_timeout = '60s';
 SET lock_timeout = '60s';
 SET idle_in_transaction_session_timeout = '30s';
 """
-
-
-def normalise_url(text: str) -> sa.URL:
-    """Return the URL with our driver.
-
-    Raises:
-        StorageError: It is no PostgreSQL URL.
-
-    >>> normalise_url("postgres://me:p%40ss@db/frem").drivername
-    'postgresql+psycopg2'
-    """
-    try:
-        url = sa.make_url(text)
-        if text.count("@") > 1:
-            raise ValueError  # a password with an @ in it, of which a part would be taken for a host and printed
-    except (exc.ArgumentError, ValueError):
-        # The text may hold a password that was not percent-encoded: it is not repeated here.
-        message = (
-            "storage: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, but got something that does not parse "
-            "as a URL. Percent-encode special characters in the password (@ is %40, / is %2F), or leave it out and use "
-            f"{PASSWORD_FILE} or PGPASSFILE."
-        )
-        raise StorageError(message) from None
-    if url.drivername.split("+")[0] not in ("postgres", "postgresql"):
-        message = (
-            f"storage: expected a PostgreSQL URL (postgresql://...), but got one that begins with {url.drivername}://. "
-            "Searches need PostgreSQL; leave --storage out to use the embedded one."
-        )
-        raise StorageError(message)
-    if "password" in url.query:  # SQLAlchemy hides a password only where it stands before the host
-        given = url.query["password"]
-        url = url.difference_update_query(["password"]).set(password=given if isinstance(given, str) else given[-1])
-    return url.set(drivername=DRIVER)
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
@@ -94,16 +58,6 @@ def is_refused(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def with_password(url: sa.URL) -> sa.URL:
-    """Return the URL with the password of FREM_SEARCH_PASSWORD_FILE, unless it has one.
-
-    Raises:
-        UsageError: The file cannot be read.
-    """
-    file = os.environ.get(PASSWORD_FILE)
-    return url if url.password or not file else url.set(password=read_secret(Path(file), named_by=PASSWORD_FILE))
 
 
 @contextmanager
@@ -279,6 +233,7 @@ class Storage:
         connection = psycopg2.connect(
             **{
                 "application_name": "frem-search",
+                "client_encoding": "utf8",  # a database of another encoding would refuse a name with an umlaut
                 "connect_timeout": 10,
                 "keepalives": 1,
                 "keepalives_idle": 30,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from frem_search.artifacts import Artifacts, artifacts_url
+from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError, ContractError, UsageError
 from frem_search.objective import WEIGHTS, place
@@ -45,22 +45,20 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
     return resolve(space, trial.params)
 
 
-def stored_weights(
-    record: StudyRecord, trial: TrialRecord, *, artifacts: str | None, fold: int | None = None
-) -> Weights:
+def stored_weights(record: StudyRecord, trial: TrialRecord, *, artifacts: str, fold: int | None = None) -> Weights:
     """Return the weights that a study kept of a trial.
 
     Args:
         record: The study.
         trial: One of its trials.
-        artifacts: Where the study keeps its files; None is the usual place.
+        artifacts: The URL under which studies keep their files.
         fold: Of a cross-validation, which fold's; None is the first one's.
 
     Raises:
         UsageError: There is no such fold.
         ArtifactError: It keeps none of this trial, or the file is torn.
     """
-    stored = Artifacts(artifacts_url(artifacts), artifacts_prefix(record.name, record.uid))
+    stored = Artifacts(artifacts, artifacts_prefix(record.name, record.uid))
     n_folds = record.contract.get("n_folds")
     if n_folds is not None and not 0 <= (fold or 0) < n_folds:
         message = f"--fold: expected 0 to {n_folds - 1}, the folds of {record.name}, but got {fold}."

@@ -168,7 +168,8 @@ def postgres(run_folder):
 
 @pytest.fixture(scope="session")
 def _template(postgres):
-    from frem_search.storage import Storage, normalise_url
+    from frem_search.database_url import normalise_url
+    from frem_search.storage import Storage
 
     name = postgres.create()
     Storage(normalise_url(postgres.url(name))).close()

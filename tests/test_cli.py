@@ -202,11 +202,41 @@ def test_a_call_that_cannot_be_read_is_2(call, args, says):
     assert "Traceback" not in answer.stderr
 
 
-@pytest.mark.parametrize("given", [{"args": ["--dataset", "\udcff"]}, {"settings": {"FREM_SEARCH_DATASET": "\udcff"}}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"args": ["--dataset", "secret\udcff"], "named": "argument 5: "},
+        {"settings": {"FREM_SEARCH_STORAGE": "secret\udcff"}, "named": "FREM_SEARCH_STORAGE: "},
+    ],
+)
 def test_what_is_no_utf8_is_refused(call, tiny_study, given):
     """As a file system has it that was written in another encoding: neither the database nor stdout takes it."""
     told = call("status", "--study", tiny_study, *given.get("args", []), **given.get("settings", {}))
-    assert_told(told, 2, "expected text in UTF-8, but got '", "udcff'. Rename what it stands for.")
+    assert_told(
+        told, 2, given["named"], "expected text in UTF-8, but its character 7 is none. Rename what it stands for."
+    )
+    assert "secret" not in told.stderr
+
+
+@pytest.mark.parametrize("where", ["argument", "argument and environment"])
+def test_a_password_on_the_command_line_is_refused_whatever_the_environment_holds(call, tiny_study, where):
+    """Even if the environment holds the same: every user of the machine reads arguments."""
+    for option, url in (
+        ("--storage", "postgresql://me:secret@127.0.0.1:1/x"),
+        ("--artifacts", "sftp://me:secret@db/x"),
+    ):
+        settings = {f"FREM_SEARCH_{option[2:].upper()}": url} if where != "argument" else {}
+        told = call("run", "--study", tiny_study, option, url, **settings)
+        assert_told(told, 2, f"{option}: a password on the command line can be read by every user of this machine.")
+        assert "secret" not in told.stderr
+
+
+def test_the_password_of_artifacts_is_shown_by_nothing(call):
+    told = call("doctor", FREM_SEARCH_ARTIFACTS="memory://me:secret@bucket/x")
+    assert "memory://***@bucket/x, written, read and removed" in told.stdout
+    told = call("doctor", FREM_SEARCH_ARTIFACTS="nothing://me:secret@bucket/x")
+    assert "nothing://***@bucket/x: cannot be used for artifacts" in told.stdout
+    assert "secret" not in told.stdout + told.stderr
 
 
 def test_a_variable_that_cannot_be_read_is_named(call):
@@ -336,11 +366,6 @@ def test_a_password_on_the_command_line_is_refused(call, tiny_study, url):
     assert_told(told, 2, "--storage: a password on the command line can be read by every user of this machine.")
     assert "FREM_SEARCH_STORAGE" in told.stderr
     assert "secret" not in told.stderr
-
-
-def test_the_usual_storage_may_be_repeated_on_the_command_line(call, tiny_study):
-    url = "postgresql://me:secret@127.0.0.1:1/db"
-    assert_told(call("status", "--study", tiny_study, "--storage", url, FREM_SEARCH_STORAGE=url), 1, "me:***@")
 
 
 # A search

@@ -17,16 +17,18 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from frem_search.artifacts import Artifacts
+from frem_search.cli.dashboard import dashboard
 from frem_search.dashboard import server
 from frem_search.dashboard.artifact_store import StudyArtifacts
 from frem_search.dashboard.server import make_app, require_extra
+from frem_search.database_url import normalise_url
 from frem_search.errors import ChromeNotFoundError, StorageError, UsageError
 from frem_search.figures.pictures import find_chrome
 from frem_search.join import open_worker
 from frem_search.leases import Leases
 from frem_search.preview import GAP, PANEL
 from frem_search.space import distributions
-from frem_search.storage import Storage, normalise_url, open_storage
+from frem_search.storage import Storage, open_storage
 from frem_search.study import make_contract, open_study
 from frem_search.study_file import load_study_file
 
@@ -335,6 +337,20 @@ def test_a_token_of_the_environment_opens_and_is_not_repeated(served, storage_ur
     assert TOKEN not in running.told + out + err
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_the_database_itself_refuses_what_the_command_may_not_do(storage, storage_url, tmp_path, monkeypatch, write):
+    opened = []
+    monkeypatch.setattr(server, "make_app", lambda opened_storage, **_: opened.append(setting_of(opened_storage)))
+    monkeypatch.setattr(server, "serve", lambda *_, **__: None)
+    dashboard(storage=storage_url, artifacts=str(tmp_path), port=0, write=write)
+    assert opened == ["off" if write else "on"]
+
+
+def setting_of(opened):
+    with opened.engine.connect() as connection:
+        return connection.execute(sa.text("SHOW default_transaction_read_only")).scalar()
+
+
 def test_an_address_that_others_reach_is_warned_of(served):
     told = served("--host", "0.0.0.0", "--write").told
     assert "warning: this is plain HTTP" in told
@@ -376,6 +392,7 @@ def test_a_browser_shows_trials_note_and_files_and_changes_nothing(served, searc
         other.locator("input[name=token]").fill(running.url.partition("token=")[2])
         other.get_by_role("button").click()
         expect(other.get_by_text("tiny").first).to_be_visible(timeout=20_000)
+        assert "token" not in other.url
         browser.close()
     assert problems == []
     assert len(searched.optuna.trials) == 3

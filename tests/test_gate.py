@@ -1,6 +1,7 @@
 """The gate in front of the dashboard, by requests that nobody sends over a wire."""
 
 import io
+from urllib.parse import quote, urlencode
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
@@ -25,6 +26,7 @@ class Behind:
     def __call__(self, environ, start_response):
         self.reached.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
         headers = [("Content-Type", "text/plain"), ("Access-Control-Allow-Origin", "*")]
+        headers += [("Location", "http://127.0.0.1:8080/dashboard?a=1")]
         start_response("200 OK", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"behind"]
 
@@ -38,11 +40,13 @@ def behind():
 def ask(behind):
     """One request: status, headers and text of the answer."""
 
-    def ask(path="/", method="GET", query="", is_writable=False, hosts=frozenset(), token=TOKEN, **environ):
-        gate = validator(Gate(behind, token, is_writable=is_writable, hosts=hosts))
+    def ask(path="/", method="GET", query="", body=b"", token=TOKEN, **others):
+        settings = {name: value for name, value in others.items() if name.islower()}
+        environ = {name: value for name, value in others.items() if name.isupper()}
+        gate = validator(Gate(behind, token, **settings))
         of_request = {"PATH_INFO": path, "REQUEST_METHOD": method, "QUERY_STRING": query, "HTTP_HOST": "127.0.0.1:8080"}
         of_request["SCRIPT_NAME"] = ""
-        of_request |= {"CONTENT_LENGTH": "0", "wsgi.input": io.BytesIO()} | environ
+        of_request |= {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)} | environ
         setup_testing_defaults(of_request)
         answer = {}
 
@@ -114,6 +118,49 @@ def test_a_cookie_of_another_token_opens_nothing(ask):
     assert ask(**cookie, token="another token of some length")["status"] == 401
     name = cookie["HTTP_COOKIE"].partition("=")[0]
     assert ask(HTTP_COOKIE=f"{name}={TOKEN}")["status"] == 401
+
+
+def test_the_token_entered_on_the_page_becomes_a_cookie_and_stands_in_no_address(ask, behind):
+    assert '<form method="post" action="/login">' in ask()["text"]
+    answer = ask("/login", method="POST", body=urlencode({"token": TOKEN}).encode())
+    assert (answer["status"], header(answer, "Location")) == (303, ["/"])
+    assert ask(**cookie_of(answer))["text"] == "behind"
+    for wrong in (b"", b"token=wrong", b"token=", f"token={quote(TOKEN)}&x={'x' * 5000}".encode()):
+        assert ask("/login", method="POST", body=wrong)["status"] == 401
+    assert ask("/other", method="POST", body=urlencode({"token": TOKEN}).encode())["status"] == 401
+    assert len(behind.reached) == 1
+
+
+@pytest.mark.parametrize("odd", ['x={"theme":"dark"}', "a=b c", "[x]=1", "a=\xe9", "a@b=1", "flag", "path=/", "", "="])
+def test_odd_cookies_of_other_servers_of_this_machine_are_passed_over(ask, odd):
+    cookie = cookie_of(ask(query=f"token={TOKEN}"))["HTTP_COOKIE"]
+    assert ask(HTTP_COOKIE=f"{odd}; {cookie}")["text"] == "behind"
+    assert ask(HTTP_COOKIE=f"{cookie};{odd}")["text"] == "behind"
+    assert ask(HTTP_COOKIE=odd)["status"] == 401
+
+
+@pytest.mark.parametrize("host", ["dash.example.org", "127.0.0.1:8080"])
+def test_behind_a_proxy_pages_of_its_address_may_write_and_cookies_are_secure(ask, host):
+    """Some proxies pass on the name that they were called by, others name the server behind them."""
+    to_proxy = {"hosts": frozenset({"127.0.0.1", "dash.example.org"}), "url": "https://dash.example.org/"}
+    to_proxy |= {"is_writable": True, "HTTP_HOST": host}
+    answer = ask(query=f"token={TOKEN}", **to_proxy)
+    assert header(answer, "Set-Cookie")[0].endswith("; SameSite=Strict; Secure")
+    cookie = cookie_of(answer)
+    assert ask(method="DELETE", **to_proxy, **cookie, HTTP_ORIGIN="https://dash.example.org")["status"] == 200
+    assert ask(method="DELETE", **to_proxy, **cookie, HTTP_ORIGIN="https://evil.example.org")["status"] == 403
+
+
+def test_no_answer_leads_to_the_address_behind_a_proxy(ask):
+    assert header(ask(**BEARER), "Location") == ["/dashboard?a=1"]
+
+
+@pytest.mark.parametrize(
+    "url", ["dash.example.org", "ftp://dash.example.org", "https://", "https://a/b", "https://[", "https://a/?b"]
+)
+def test_an_address_that_is_no_server_is_refused(url):
+    with pytest.raises(UsageError, match="expected the address of a whole server, such as https"):
+        listen("127.0.0.1", 0, url=url)
 
 
 def test_a_login_leads_to_no_other_site(ask):

@@ -52,6 +52,8 @@ def test_a_process_of_another_user_that_cannot_be_looked_at_is_not_gone(monkeypa
     def hide(pid):
         raise psutil.NoSuchProcess(pid)
 
+    unseen = replace(this_process(), pid=2**22 + 1)  # above the kernel's highest: nothing of it stands in /proc
+    assert is_gone(unseen)
     monkeypatch.setattr(os, "kill", refuse)
     monkeypatch.setattr(psutil, "Process", hide)
-    assert not is_gone(this_process())
+    assert not is_gone(unseen)

@@ -15,9 +15,9 @@ import pytest
 from typer.main import get_command
 
 from frem_search.cli import app
+from frem_search.database_url import PASSWORD_FILE
 from frem_search.errors import StudyNotFoundError
 from frem_search.record import read_record
-from frem_search.storage import PASSWORD_FILE
 
 REPOSITORY = Path(__file__).parent.parent
 SBATCH, JOB, SERVICE = (

@@ -17,9 +17,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import exc
 
+from frem_search.database_url import normalise_url
 from frem_search.errors import StorageError
 from frem_search.samplers import make_sampler
-from frem_search.storage import Storage, is_lost_connection, normalise_url, open_storage
+from frem_search.storage import Storage, is_lost_connection, open_storage
 
 SPACE = {"B": IntDistribution(1, 9), "X": FloatDistribution(1.0, 10.0)}
 SECRET = "s{e}c@r%t/:?#"
@@ -61,13 +62,25 @@ def test_other_databases_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "frem.db", f"postgresql://me:{SECRET}@db/frem", "postgresql://me:secret@db:port/x"]
-)
+    "text",
+    [
+        "", "frem.db", f"postgresql://me:{SECRET}@db/frem", "postgresql://me:secret@db:port/x",
+        "postgresql://secret:123456789", "postgresql://me@db/frem#secret",
+        "postgresql://me:secret%00@db/frem",
+    ],
+)  # fmt: skip
 def test_what_is_no_url_is_refused_without_being_repeated(text):
     with pytest.raises(StorageError) as caught:
         normalise_url(text)
     assert "Percent-encode special characters" in str(caught.value)
     assert "c@r" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sslpassword", "Password", "passwd", "dsn", "dbname"])
+def test_a_setting_that_may_hold_a_secret_is_refused_without_being_repeated(name):
+    with pytest.raises(StorageError, match=rf"but got {name}\. A password stands before the host") as caught:
+        normalise_url(f"postgresql://me@db/frem?sslmode=require&{name}=secret")
     assert "secret" not in str(caught.value)
 
 

@@ -1,5 +1,7 @@
 """Whole searches that train networks: interrupted, killed or side by side, they come to the same trials."""
 
+import hashlib
+import io
 import json
 import signal
 import time
@@ -125,8 +127,11 @@ def test_a_torn_or_foreign_checkpoint_is_set_aside_and_changes_nothing(storage, 
     assert checkpoint.with_name("checkpoint.pt.unusable").read_bytes() == whole_content[: len(whole_content) // 2]
     foreign = torch.load(checkpoint, weights_only=True)
     foreign["identity"]["study"] = "another"
-    foreign["epoch"] = 5
-    torch.save(foreign, checkpoint)
+    for fold in foreign["folds"]:
+        fold["epoch"] = 5
+    buffer = io.BytesIO()
+    torch.save(foreign, buffer)
+    checkpoint.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())  # whole, but not ours
     study, events = real(storage)
     assert events.count("complete") == 3
     assert (outcome(study), without_seconds(curves(storage))) == uninterrupted

@@ -74,11 +74,12 @@ def main() -> None:
 def _require_text() -> None:
     """Refuse arguments and variables that are not UTF-8: neither the database nor stdout takes them."""
     variables = [(name, value) for name, value in os.environ.items() if name.startswith("FREM_SEARCH_")]
-    for name, text in [*(("argument", word) for word in sys.argv[1:]), *variables]:
+    for name, text in [*((f"argument {i}", word) for i, word in enumerate(sys.argv[1:], 1)), *variables]:
         try:
             text.encode()
-        except UnicodeEncodeError:
-            message = f"{name}: expected text in UTF-8, but got {text!r}. Rename what it stands for."
+        except UnicodeEncodeError as error:  # the text is not repeated: there may be a password in it
+            place = f"its character {error.start + 1} is none"
+            message = f"{name}: expected text in UTF-8, but {place}. Rename what it stands for."
             raise UsageError(message) from None
 
 

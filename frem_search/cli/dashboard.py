@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from frem_search.cli.options import ArtifactsOption, StorageOption, storage_of
+from frem_search.cli.options import ArtifactsOption, StorageOption, artifacts_of, storage_of
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,6 +23,14 @@ def dashboard(
     port: Annotated[
         int, typer.Option(min=0, max=65535, envvar="FREM_SEARCH_DASHBOARD_PORT", help="0 takes a free one.")
     ] = 8080,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FREM_SEARCH_DASHBOARD_URL",
+            help="Address that visitors use where a proxy stands before this one, such as https://frem.example.org/.",
+            show_default=False,
+        ),
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", envvar="FREM_SEARCH_DASHBOARD_WRITE", help="Let visitors change studies.")
     ] = False,
@@ -44,7 +52,6 @@ def dashboard(
     \b
     $ frem-search dashboard --port 8080
     """
-    from frem_search.artifacts import artifacts_url
     from frem_search.dashboard.server import N_CONNECTIONS, greet, listen, make_app, require_extra, serve
     from frem_search.dashboard.tokens import find_token
 
@@ -53,13 +60,18 @@ def dashboard(
 
     require_extra()
     token = find_token(token_file)
-    listening = listen(host, port)
+    listening = listen(host, port, url=url)
     with (
         closing(listening.socket),
         storage_of(storage, is_read_only=not write, n_connections=N_CONNECTIONS) as opened,
     ):
         app = make_app(
-            opened, artifacts=artifacts_url(artifacts), token=token.text, is_writable=write, hosts=listening.hosts
+            opened,
+            artifacts=artifacts_of(artifacts),
+            token=token.text,
+            is_writable=write,
+            hosts=listening.hosts,
+            url=url or "",
         )
         greet(listening, token, is_writable=write, tell=tell)
-        serve(app, listening)
+        serve(app, listening, is_writable=write)

@@ -64,6 +64,12 @@ class Asked:
     cohort: str | None
     checkpoint_every: float
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The URLs as workers get them: not as options, where every user of a machine would see a password in them."""
+        urls = {"FREM_SEARCH_STORAGE": self.storage_url, "FREM_SEARCH_ARTIFACTS": self.artifacts}
+        return {name: url for name, url in urls.items() if url}
+
 
 def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search in this process, or in several of this machine."""
@@ -81,15 +87,13 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
     team = local_workers(
         worker_arguments(
             **asked.which,
-            artifacts=asked.artifacts,
             cohort=None if asked.cohort == "auto" else asked.cohort,  # what was measured is stored with the study
             checkpoint_every=asked.checkpoint_every,
         ),
         devices,
         storage=storage,
         study=asked.study_file.name,
-        # Not an option: a password in it would be seen by every user of this machine.
-        environment={"FREM_SEARCH_STORAGE": asked.storage_url} if asked.storage_url else {},
+        environment=asked.environment,
         is_stopping=is_stopping,
     )
     _show_team(team, asked)
@@ -157,13 +161,12 @@ def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bo
             asked.study_file,
             worker_arguments(
                 **asked.which | {"study": None},
-                artifacts=asked.artifacts,
                 cohort=asked.cohort,
                 checkpoint_every=asked.checkpoint_every,
             ),
             chosen,
             storage=storage,
-            storage_url=asked.storage_url,
+            environment=asked.environment,
             is_stopping=is_stopping,
             tell=_tell,
         )
@@ -183,7 +186,7 @@ def open_worker(
         checkpoint_every: What --checkpoint-every gave.
         settings: As `join.open_worker` takes them.
     """
-    from frem_search.artifacts import artifacts_url
+    from frem_search.cli.options import artifacts_of
     from frem_search.join import open_worker
 
     if math.isnan(checkpoint_every):
@@ -192,7 +195,7 @@ def open_worker(
     with open_worker(
         study_file,
         storage,
-        artifacts=artifacts_url(artifacts),
+        artifacts=artifacts_of(artifacts),
         checkpoint_every_s=checkpoint_every,
         tell=_tell,
         **settings,

@@ -17,6 +17,7 @@ from frem_search.cli.options import (
     QuickOption,
     StorageOption,
     StudyOption,
+    artifacts_of,
     record_of,
 )
 from frem_search.errors import StudyFileError, UsageError
@@ -256,7 +257,7 @@ def _kept(
     with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
         stored = find_trial(record, trial)
     images = _dataset_of(study, record, quick=quick, dataset=dataset)
-    return stored_weights(record, stored, artifacts=artifacts, fold=fold), images
+    return stored_weights(record, stored, artifacts=artifacts_of(artifacts), fold=fold), images
 
 
 def _dataset_of(study: str, record: "StudyRecord", *, quick: bool, dataset: str | None) -> str:

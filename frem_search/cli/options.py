@@ -1,6 +1,6 @@
 """Options that several commands share, each with its environment variable."""
 
-import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +117,30 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutOption = Annotated[Path, typer.Option("--out", envvar="FREM_SEARCH_OUT", help="Folder to write into.")]
 
 
+def artifacts_of(url: str | None) -> str:
+    """Return where artifacts go, for what --artifacts gave.
+
+    Raises:
+        UsageError: The URL stands on the command line with a password in it.
+    """
+    from frem_search.artifacts import artifacts_url, masked
+
+    if url and masked(url) != url:
+        refuse_as_argument(url, option="--artifacts", remedy="Set FREM_SEARCH_ARTIFACTS to the whole URL.")
+    return artifacts_url(url)
+
+
+def refuse_as_argument(secret: str, *, option: str, remedy: str) -> None:
+    """Refuse a secret that stands on the command line, even if the environment holds the same.
+
+    Raises:
+        UsageError: It does.
+    """
+    if any(secret in argument for argument in sys.argv[1:]):
+        message = f"{option}: a password on the command line can be read by every user of this machine. {remedy}"
+        raise UsageError(message)
+
+
 @contextmanager
 def storage_of(
     url: str | None, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
@@ -132,15 +156,15 @@ def storage_of(
     Raises:
         UsageError: The URL stands on the command line with a password in it.
     """
-    from frem_search.storage import normalise_url, open_storage
+    from frem_search.database_url import normalise_url
+    from frem_search.storage import open_storage
 
-    if url and url != os.environ.get("FREM_SEARCH_STORAGE") and normalise_url(url).password:
-        message = (
-            "--storage: a password on the command line can be read by every user of this machine. "
+    if url and normalise_url(url).password:
+        remedy = (
             "Set FREM_SEARCH_STORAGE to the whole URL, or leave the password out and use FREM_SEARCH_PASSWORD_FILE or "
             "PGPASSFILE."
         )
-        raise UsageError(message)
+        refuse_as_argument(url, option="--storage", remedy=remedy)
     with open_storage(url, upgrades=upgrades, is_read_only=is_read_only, n_connections=n_connections) as storage:
         yield storage
 

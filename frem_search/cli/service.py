@@ -14,6 +14,7 @@ from frem_search.cli.options import (
     QuickOption,
     StorageOption,
     StudyOption,
+    artifacts_of,
     storage_of,
     stored_name,
 )
@@ -79,7 +80,6 @@ def doctor(
     \b
     $ frem-search doctor --study mouse_frem
     """
-    from frem_search.artifacts import artifacts_url
     from frem_search.doctor import examine, secrets_of
 
     def open_storage() -> "AbstractContextManager[Storage]":
@@ -92,7 +92,7 @@ def doctor(
     findings = []
     for finding in examine(
         open_storage,
-        artifacts=artifacts_url(artifacts),
+        artifacts=artifacts_of(artifacts),
         load_study=load_study if study is not None else None,
         secrets=secrets_of(storage),
     ):

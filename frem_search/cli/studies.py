@@ -15,6 +15,7 @@ from frem_search.cli.options import (
     QuickOption,
     StorageOption,
     TrialsOption,
+    artifacts_of,
     storage_of,
 )
 from frem_search.cli.rows import aligned
@@ -252,13 +253,12 @@ def fork(
     \b
     $ frem-search study fork mouse_narrow --from mouse_frem
     """
-    from frem_search.artifacts import artifacts_url
     from frem_search.fork import fork_study
     from frem_search.study_file import load_study_file
 
     study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
     with storage_of(storage) as opened:
-        forked = fork_study(study_file, opened, source=source, artifacts=artifacts_url(artifacts))
+        forked = fork_study(study_file, opened, source=source, artifacts=artifacts_of(artifacts))
     if as_json:
         typer.echo(json.dumps(vars(forked), indent=2))
         return
@@ -292,7 +292,6 @@ def delete(
     \b
     $ frem-search study delete mouse_frem-quick --yes
     """
-    from frem_search.artifacts import artifacts_url
     from frem_search.record import read_record
     from frem_search.stored_studies import delete_stored
 
@@ -300,7 +299,7 @@ def delete(
         record = read_record(opened, study, has_curves=False)
         if not is_sure:
             _ask(f"{study}: delete {len(record.trials)} trials and their artifacts from {record.storage}?")
-        folder = delete_stored(opened, study, artifacts=artifacts_url(artifacts), force=force)
+        folder = delete_stored(opened, study, artifacts=artifacts_of(artifacts), force=force)
     typer.echo(f"{study}: deleted, {len(record.trials)} trials, and what lay in {folder}")
 
 

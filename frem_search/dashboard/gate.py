@@ -3,14 +3,15 @@
 import hashlib
 import hmac
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 READING = ("GET", "HEAD")
+LOGIN_PATH = "/login"  # none of the dashboard's
+LONGEST_LOGIN = 4096  # bytes
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -27,7 +28,7 @@ LOGIN = """<!DOCTYPE html>
 <body style="font: 16px/1.5 sans-serif; max-width: 40em; margin: 4em auto; padding: 0 1em">
 <h1>401: a token is needed</h1>
 <p>Open the address that <code>frem-search dashboard</code> printed when it was started, or enter the token here:</p>
-<form action="/"><input name="token" type="password" autofocus required> <button>Open</button></form>
+<form method="post" action="/login"><input name="token" type="password" autofocus required> <button>Open</button></form>
 <p>If you came by a link of another site, with the right token: <a href="/">go on</a>. Programs send the header
 <code>Authorization: Bearer TOKEN</code>.</p>
 </body></html>
@@ -43,13 +44,20 @@ class Gate:
         is_writable: Whether requests may change anything.
         hosts: The names by which a browser may call this server, none for any: a foreign page can give its own name
             the address of this machine, and would then be taken for a page of this server.
+        url: The address that visitors use where a proxy stands before this server, else nothing.
     """
 
     def __init__(
-        self, app: "WSGIApplication", token: str, *, is_writable: bool = False, hosts: frozenset[str] = frozenset()
+        self,
+        app: "WSGIApplication",
+        token: str,
+        *,
+        is_writable: bool = False,
+        hosts: frozenset[str] = frozenset(),
+        url: str = "",
     ) -> None:
         self._app, self._token = app, token.encode()
-        self._is_writable, self._hosts = is_writable, hosts
+        self._is_writable, self._hosts, self._proxy = is_writable, hosts, urlsplit(url)
         self._cookie = self._digest("cookie")
         # Cookies of one machine are shared by all its ports: two dashboards must not overwrite each other's.
         self._cookie_name = f"frem_search_{self._digest('name')[:8]}"
@@ -66,6 +74,8 @@ class Gate:
         given = [value for name, value in query if name == "token"]
         if given and method in READING and self._is_token(given[0]):
             return self._enter(environ, start, [pair for pair in query if pair[0] != "token"])
+        if method == "POST" and environ.get("PATH_INFO") == LOGIN_PATH and self._is_token(_posted_token(environ)):
+            return self._enter({"REQUEST_METHOD": method}, start, [])
         is_program = self._has_bearer(environ)
         if not is_program and not self._has_cookie(environ):
             asked = [("WWW-Authenticate", 'Bearer realm="frem-search"')]
@@ -74,17 +84,18 @@ class Gate:
             if not self._is_writable:
                 text = "Nothing can be changed here: start `frem-search dashboard --write` to change studies.\n"
                 return _answer(environ, start, "405 Method Not Allowed", text, [("Allow", "GET, HEAD")])
-            if not is_program and not _is_own_page(environ):
+            if not is_program and not self._is_own_page(environ):
                 return _answer(environ, start, "403 Forbidden", "This request comes from a page of another site.\n")
         return self._app(environ, start)
 
     def _enter(
         self, environ: "WSGIEnvironment", start: "StartResponse", query: list[tuple[str, str]]
     ) -> Iterable[bytes]:
-        """Take the token out of the address, which stays in a browser's history, and hand out a cookie for it."""
+        """Hand out a cookie for the token, and lead to an address without it."""
         path = "/" + quote(environ.get("PATH_INFO", "").encode("latin-1").lstrip(b"/"))  # `//name` would be a host
         location = path + (f"?{urlencode(query)}" if query else "")
         cookie = f"{self._cookie_name}={self._cookie}; Path=/; HttpOnly; SameSite=Strict"
+        cookie += "; Secure" if self._proxy.scheme == "https" else ""
         return _answer(environ, start, "303 See Other", "", [("Location", location), ("Set-Cookie", cookie)])
 
     def _digest(self, purpose: str) -> str:
@@ -98,11 +109,20 @@ class Gate:
         return scheme.lower() == "bearer" and self._is_token(given.strip())
 
     def _has_cookie(self, environ: "WSGIEnvironment") -> bool:
+        # Not by http.cookies, which gives up at the first odd one; all servers of this machine share their cookies.
+        for each in environ.get("HTTP_COOKIE", "").split(";"):
+            name, _, value = each.strip().partition("=")
+            if name == self._cookie_name and hmac.compare_digest(value.encode("latin-1"), self._cookie.encode()):
+                return True
+        return False
+
+    def _is_own_page(self, environ: "WSGIEnvironment") -> bool:
+        """Whether a browser says that a page of this server asks: of its name and port, by whatever scheme."""
         try:
-            cookie = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(self._cookie_name)
-        except CookieError:
+            origin = urlsplit(environ.get("HTTP_ORIGIN", "")).netloc.lower()
+        except ValueError:
             return False
-        return cookie is not None and hmac.compare_digest(cookie.value.encode(), self._cookie.encode())
+        return bool(origin) and origin in (environ.get("HTTP_HOST", "").lower(), self._proxy.netloc.lower())
 
     def _guarded(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> "StartResponse":
         """Return a `start_response` that adds what keeps the answer from being framed, guessed at or kept."""
@@ -110,7 +130,7 @@ class Gate:
 
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             # The dashboard lets pages of every site read artifacts.
-            kept = [pair for pair in headers if pair[0].lower() != "access-control-allow-origin"]
+            kept = [_local(pair) for pair in headers if pair[0].lower() != "access-control-allow-origin"]
             if not any(name.lower() == "cache-control" for name, _ in kept):
                 kept.append(("Cache-Control", NO_STORE))
             return start_response(status, [*kept, *HEADERS.items(), ("Content-Security-Policy", policy)], *error)
@@ -132,6 +152,14 @@ def _answer(
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
+def _local(header: tuple[str, str]) -> tuple[str, str]:
+    """Return a header; one that leads elsewhere without the server's name, which is another one before a proxy."""
+    name, value = header
+    if name.lower() != "location":
+        return header
+    return name, urlunsplit(urlsplit(value)._replace(scheme="", netloc=""))
+
+
 def _host(environ: "WSGIEnvironment") -> str:
     """Return the name by which this server was called, without the port, which differs behind a tunnel."""
     try:
@@ -140,10 +168,10 @@ def _host(environ: "WSGIEnvironment") -> str:
         return ""
 
 
-def _is_own_page(environ: "WSGIEnvironment") -> bool:
-    """Whether a browser says that a page of this server asks: of this name and port, by whatever scheme."""
-    try:
-        origin = urlsplit(environ.get("HTTP_ORIGIN", "")).netloc
-    except ValueError:
-        return False
-    return bool(origin) and origin.lower() == environ.get("HTTP_HOST", "").lower()
+def _posted_token(environ: "WSGIEnvironment") -> str:
+    """Return the token that was entered on our page."""
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if not length.isdecimal() or int(length) > LONGEST_LOGIN:
+        return ""
+    body = environ["wsgi.input"].read(int(length)).decode("latin-1")
+    return dict(parse_qsl(body)).get("token", "")

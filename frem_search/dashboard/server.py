@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from frem_search.dashboard.gate import Gate
 from frem_search.errors import ArtifactError, UsageError
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 EXTRA = ("optuna_dashboard", "waitress")
 N_THREADS = 8
 N_CONNECTIONS = N_THREADS + 1  # to the database: one for each thread, and one to spare
-LONGEST_REQUEST = 64 * 2**20  # bytes: a file that somebody adds
+LONGEST_REQUEST = 64 * 2**10  # bytes: it is received before the gate can ask for the token
+LONGEST_FILE = 64 * 2**20  # that somebody adds, where that is allowed
+MOST_VISITORS, IDLE_S = 1000, 20  # connections at once, and for how long one may say nothing
 
 
 class Listening(NamedTuple):
@@ -28,7 +31,7 @@ class Listening(NamedTuple):
 
     Args:
         socket: It is bound already.
-        url: Where to find it.
+        url: Where visitors find it.
         hosts: The names by which it may be called; none for any.
     """
 
@@ -52,12 +55,18 @@ def require_extra() -> None:
         raise UsageError(message)
 
 
-def listen(host: str, port: int) -> Listening:
+def listen(host: str, port: int, *, url: str | None = None) -> Listening:
     """Take a port; the number 0 is any that is free.
 
+    Args:
+        host: A name or address of this machine.
+        port: The number.
+        url: The address that visitors use, if a proxy stands before this server.
+
     Raises:
-        UsageError: The port is taken, or the host is none of this machine's.
+        UsageError: The port is taken, the host is none of this machine's, or the URL is none of a server.
     """
+    proxy = _server_of(url) if url else ""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.create_server(address[:2], family=family)
@@ -71,12 +80,28 @@ def listen(host: str, port: int) -> Listening:
     got, number = bound.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     is_loopback = ipaddress.ip_address(got).is_loopback
-    hosts = frozenset({"localhost", "127.0.0.1", "::1", got, host.lower()}) if is_loopback else frozenset()
-    return Listening(bound, f"http://{name}:{number}/", hosts)
+    hosts = frozenset({"localhost", "127.0.0.1", "::1", got, host.lower(), *filter(None, [proxy])})
+    return Listening(bound, url or f"http://{name}:{number}/", hosts if is_loopback else frozenset())
+
+
+def _server_of(url: str) -> str:
+    """Return the name of the server that a URL names, and nothing behind it."""
+    try:
+        parts = urlsplit(url)
+        name = parts.hostname or ""
+    except ValueError:
+        name = ""
+    if not name or parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.query:
+        message = (
+            f"--url {url}: expected the address of a whole server, such as https://frem.example.org/, but got "
+            "something else. The dashboard's pages expect to be at the root of their server."
+        )
+        raise UsageError(message)
+    return name
 
 
 def make_app(
-    storage: "Storage", *, artifacts: str, token: str, is_writable: bool, hosts: frozenset[str]
+    storage: "Storage", *, artifacts: str, token: str, is_writable: bool, hosts: frozenset[str], url: str = ""
 ) -> "WSGIApplication":
     """Return the dashboard of a database, behind the gate.
 
@@ -86,6 +111,7 @@ def make_app(
         token: What a visitor has to know.
         is_writable: Whether studies may be changed.
         hosts: The names by which the server may be called; none for any.
+        url: The address that visitors use where a proxy stands before the server.
     """
     import optuna
     from optuna_dashboard import wsgi
@@ -95,7 +121,7 @@ def make_app(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     page = wsgi(storage.optuna, artifact_store=StudyArtifacts(storage, artifacts))
     page.install(_telling_what_is_missing)
-    return Gate(page, token, is_writable=is_writable, hosts=hosts)
+    return Gate(page, token, is_writable=is_writable, hosts=hosts, url=url)
 
 
 def _telling_what_is_missing(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +139,7 @@ def _telling_what_is_missing(callback: Callable[..., Any]) -> Callable[..., Any]
     return answer
 
 
-def serve(app: "WSGIApplication", listening: Listening) -> None:
+def serve(app: "WSGIApplication", listening: Listening, *, is_writable: bool) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
     import waitress
 
@@ -125,7 +151,10 @@ def serve(app: "WSGIApplication", listening: Listening) -> None:
         sockets=[listening.socket],
         threads=N_THREADS,
         ident=None,
-        max_request_body_size=LONGEST_REQUEST,
+        max_request_body_size=LONGEST_FILE if is_writable else LONGEST_REQUEST,
+        connection_limit=MOST_VISITORS,
+        channel_timeout=IDLE_S,
+        cleanup_interval=5,
     )
     try:
         server.run()
@@ -138,7 +167,7 @@ def greet(listening: Listening, token: "Token", *, is_writable: bool, tell: Call
     if not listening.hosts:
         tell(
             "warning: this is plain HTTP on an address that others reach: token and page can be read on the way. "
-            "Put it behind a proxy that speaks HTTPS, or leave --host out and use an SSH tunnel."
+            "Put it behind a proxy that speaks HTTPS, with --url, or leave --host out and use an SSH tunnel."
         )
     if is_writable:
         tell("warning: --write: whoever knows the token can change and delete studies.")

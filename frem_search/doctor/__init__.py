@@ -82,7 +82,7 @@ def secrets_of(url: str | None) -> tuple[str, ...]:
 
 
 def _in_password_file() -> str:
-    from frem_search.storage import PASSWORD_FILE
+    from frem_search.database_url import PASSWORD_FILE
 
     file = os.environ.get(PASSWORD_FILE)
     try:

@@ -72,10 +72,10 @@ def _room(check: str, folder: str, free_gb: float) -> Finding:
 
 def artifacts_store(url: str) -> Finding:
     """Whether a checkpoint can be written, read and removed again."""
-    from frem_search.artifacts import Artifacts
+    from frem_search.artifacts import Artifacts, masked
 
     Artifacts(url, "").check()
-    return Finding("artifacts", "ok", f"{url}, written, read and removed")
+    return Finding("artifacts", "ok", f"{masked(url)}, written, read and removed")
 
 
 def device() -> Finding:

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ def ray_workers(
     plan: Plan,
     *,
     storage: Storage,
-    storage_url: str | None,
+    environment: Mapping[str, str],
     is_stopping: Callable[[], bool],
     tell: Callable[[str], None],
 ) -> Team:
@@ -118,7 +118,7 @@ def ray_workers(
         arguments: Of `frem-search worker`, without --study and --device.
         plan: How many, and what each gets.
         storage: As `Team` takes it.
-        storage_url: The database as the nodes reach it.
+        environment: Variables of the workers beside those that are forwarded: the database as the nodes reach it.
         is_stopping: As `Team` takes it.
         tell: As `Team` takes it.
     """
@@ -127,7 +127,7 @@ def ray_workers(
         version=__version__,
         study=(study_file.path.name, study_file.text),
         arguments=[*arguments, "--device", plan.device],
-        environment=forwarded | ({"FREM_SEARCH_STORAGE": storage_url} if storage_url else {}),
+        environment={**forwarded, **environment},
         folder=str(Path.cwd()),
     )
     starts = [partial(_Seat, order, plan)] * plan.n
