@@ -1,6 +1,7 @@
 """Who a process is, and whether it still lives, as seen from the same machine."""
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from functools import cache
@@ -73,3 +74,17 @@ def is_gone(row: Any) -> bool:
     except (psutil.Error, OSError):
         return False  # hidden from us, or gone this very moment: the next look tells
     return has_ended or abs(started - row.pid_started) > 1.0
+
+
+def how_it_ended(status: int, stderr: bytes) -> tuple[int | None, str]:
+    """Return the exit status of a process, None if it was killed, and its last words, which a crash may have too.
+
+    >>> how_it_ended(1, b"frem-search: no space."), how_it_ended(-9, b"measuring"), how_it_ended(-6, b"CUDA error")
+    ((1, 'frem-search: no space.'), (None, 'SIGKILL'), (None, 'SIGABRT: CUDA error'))
+    """
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    if status >= 0:
+        return status, lines[-1] if lines else "no message"
+    number = -status
+    name = next((each.name for each in signal.Signals if each == number), f"signal {number}")
+    return None, name if number == signal.SIGKILL or not lines else f"{name}: {lines[-1]}"

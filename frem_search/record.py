@@ -100,18 +100,22 @@ class StudyRecord:
         return tuple(name for name, entry in self.contract.get("space", {}).items() if "value" not in entry)
 
 
-def read_record(storage: "Storage", name: str, *, has_curves: bool = True) -> StudyRecord:
+def read_record(
+    storage: "Storage", name: str, *, has_curves: bool = True, patience_s: float = 10.0
+) -> StudyRecord:
     """Return a stored study as it is now.
 
     Args:
         storage: The database.
         name: The study's.
         has_curves: Whether to read the curves, which are most of the data.
+        patience_s: For how long a database that is away is waited for.
 
     Raises:
         StudyNotFoundError: There is no such study.
+        DatabaseAwayError: The database stayed away.
     """
-    return storage.retrying(lambda: _read(storage, name, has_curves=has_curves), patience_s=10.0)
+    return storage.retrying(lambda: _read(storage, name, has_curves=has_curves), patience_s=patience_s)
 
 
 def _read(storage: "Storage", name: str, *, has_curves: bool) -> StudyRecord:

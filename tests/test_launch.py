@@ -4,16 +4,22 @@ import json
 import os
 import signal
 import time
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from frem_search.cli import engines
+from frem_search.cli.engines import Asked
 from frem_search.errors import WorkerError
-from frem_search.launch.local import devices_of, local_workers, share_of_cores
-from frem_search.launch.team import MOST_DEATHS_IN_A_ROW
+from frem_search.launch.local import alone_on, devices_of, local_workers, share_of_cores, visible_gpus
+from frem_search.launch.team import MOST_DEATHS
 from frem_search.launch.watch import watch
 from frem_search.processes import PARENT, has_lost_parent
 from frem_search.record import read_record
+from frem_search.speed import Arrangement
+from frem_search.storage import open_storage
 
 
 @pytest.fixture
@@ -121,39 +127,59 @@ def scripted(monkeypatch, storage, study, tmp_path):
     program.write_text('#!/bin/sh\nexec python3 -c "$SCRIPT"\n')
     program.chmod(0o755)
     monkeypatch.setattr("frem_search.launch.local.sys.executable", str(program))
+    monkeypatch.setattr("frem_search.launch.team.PAUSE_S", 0)
 
     def events(script, *, n=1, is_stopping=lambda: False):
         team = local_workers(
             [], ["cpu"] * n, storage=storage, study="tiny", environment={"SCRIPT": script}, is_stopping=is_stopping
         )
         with team:
-            yield from team.events()
+            yield from team.events(team.begun())
 
     return events
 
 
 def test_workers_that_are_killed_again_and_again_are_given_up(scripted):
     events = scripted("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(WorkerError, match=rf"{MOST_DEATHS_IN_A_ROW} workers were killed \(SIGKILL\)"):
+    with pytest.raises(WorkerError, match=rf"{MOST_DEATHS} workers on cpu were killed \(SIGKILL\)"):
         list(events)
 
 
-def test_a_worker_that_ends_with_an_error_ends_all_with_its_words(scripted, tmp_path):
-    mark = tmp_path / "stopped"
-    script = f"""
-import os, pathlib, signal, sys, time
-mine = pathlib.Path({str(tmp_path / "first")!r})
-try:
-    mine.touch(exist_ok=False)
-except FileExistsError:
-    signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(mark)!r}).touch(), sys.exit(130)))
-    time.sleep(60)
-time.sleep(1)
-sys.exit('frem-search: the disk is full.')
-"""
+def test_the_last_words_of_a_worker_are_told(scripted):
     with pytest.raises(WorkerError, match=r"a worker on cpu ended with status 1: the disk is full\."):
-        list(scripted(script, n=2))
-    assert mark.exists()
+        list(scripted("import sys; print('more', file=sys.stderr); sys.exit('frem-search: the disk is full.')"))
+
+
+def test_a_worker_that_heeds_no_signal_is_killed_by_a_second_interrupt(scripted, monkeypatch, tmp_path):
+    monkeypatch.setattr("frem_search.launch.team.KILL_AFTER_S", 0.5)
+    mark = tmp_path / "pid"
+    script = f"""
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+    def interrupt():
+        if mark.exists() and mark.read_text():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        list(scripted(script, is_stopping=interrupt))
+    assert not psutil.pid_exists(int(mark.read_text()))
+
+
+def test_an_outage_of_the_database_is_no_news(start_cli, study, tcp_server, tcp_database):
+    url = tcp_server.url(database=tcp_database)
+    command = start_cli("run", "--study", study, "--workers", 2, "--json", FREM_SEARCH_STORAGE=url)
+    with open_storage(url) as opened:
+        wait_for(lambda: is_training(opened, n=2))
+    tcp_server.restart(away_s=4.0)
+    told, progress = command.communicate(timeout=120)
+    assert command.returncode == 0, progress
+    assert json.loads(told)["states"]["complete"] == 4
+    assert "[4/4] trial" in progress
 
 
 def test_devices_are_given_to_workers_in_turn():
@@ -167,6 +193,52 @@ def test_every_gpu_gets_a_worker(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert devices_of("auto", None) == ["cuda:0", "cuda:1"]
     assert devices_of("auto", 4) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "n_seen", "expected"),
+    [
+        (None, 2, ["0", "1"]),
+        ("", 0, []),
+        ("3,1", 2, ["3", "1"]),
+        ("0,1,9,2", 2, ["0", "1"]),  # CUDA sees none behind a number that there is not
+        ("GPU-aa,GPU-bb", 2, ["GPU-aa", "GPU-bb"]),
+        ("MIG-aa, MIG-bb", 1, ["MIG-aa", "MIG-bb"]),  # and of parts only one
+        ("MIG-aa", 0, []),
+    ],
+)
+def test_a_worker_sees_its_own_gpu_alone(monkeypatch, visible, n_seen, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n_seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == expected
+    assert len(devices_of("auto", None)) == max(1, len(expected))
+    for i, name in enumerate(expected):
+        assert alone_on(f"cuda:{i}") == ("cuda:0", {"CUDA_VISIBLE_DEVICES": name})
+    assert alone_on(f"cuda:{len(expected)}") == (f"cuda:{len(expected)}", {})  # which the worker refuses
+    assert [alone_on(device) for device in ("cpu", "auto", "cuda")] == [("cpu", {}), ("auto", {}), ("cuda", {})]
+
+
+@pytest.mark.parametrize(
+    ("devices", "measured", "n"),
+    [(["cuda:0", "cuda:1"], 1, 2), (["cuda:0", "cuda:0", "cuda:1"], 2, 3), (["cpu"] * 3, 3, 3), (["auto"], None, 1)],
+)
+def test_several_processes_are_measured_on_one_device_as_they_share_it(monkeypatch, storage, devices, measured, n):
+    seen = {}
+
+    @contextmanager
+    def open_worker(*_, **settings):
+        seen.update(settings)
+        yield None, SimpleNamespace(work=lambda: (each for each in ())), Arrangement(settings["workers"] or 1)
+
+    monkeypatch.setattr(engines, "open_worker", open_worker)
+    monkeypatch.setattr("frem_search.record.read_record", lambda *_, **__: SimpleNamespace(n_trials=1))
+    monkeypatch.setattr("frem_search.cli.progress.show_progress", lambda *_: None)
+    file = SimpleNamespace(name="tiny")
+    asked = Asked(file, {"n_trials": None}, None, None, "", None, None, "auto", 60.0)
+    assert engines._search_alone(asked, storage, devices, is_stopping=lambda: False) == n
+    assert (seen["workers"], seen["device"]) == (measured, devices[0])
 
 
 def test_cores_are_shared_unless_somebody_has_said_otherwise(monkeypatch):
@@ -194,7 +266,30 @@ def test_watching_tells_what_other_workers_do(storage, study, tmp_path, monkeypa
     file = load_study_file(str(study), n_trials=2, n_epochs=3)
     with open_worker(file, storage, device="cpu", artifacts=str(tmp_path)) as (_, worker, _):
         steps = worker.work()
-        events = list(watch(storage, "tiny", is_over=lambda: next(steps, None) is None))
+        events = list(
+            watch(storage, "tiny", since=read_record(storage, "tiny"), is_over=lambda: next(steps, None) is None)
+        )
     told = [(event.kind, event.number) for event in events if event.kind != "epoch"]
     assert told == [("claimed", 0), ("complete", 0), ("claimed", 1), ("complete", 1)]
+    assert set(events[0].params) >= {"B", "X"}
+
+
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_trial_that_begins_and_ends_between_two_looks_is_told(storage, study, tmp_path, monkeypatch, is_resumed):
+    from frem_search.join import open_worker
+    from frem_search.study_file import load_study_file
+
+    monkeypatch.setattr("frem_search.launch.watch.POLL_S", 0)
+    file = load_study_file(str(study), n_trials=1, n_epochs=3)
+    with open_worker(file, storage, device="cpu", artifacts=str(tmp_path)) as (opened, worker, _):
+        if is_resumed:
+            with closing(worker.work()) as events:
+                assert next(events).kind == "claimed"
+        else:
+            opened.optuna.enqueue_trial({"B": 3, "X": 2.0})
+        since = read_record(storage, "tiny")
+        assert [trial.state for trial in since.trials] == ["waiting" if is_resumed else "enqueued"]
+        looks = iter([lambda: list(worker.work()), lambda: None])
+        events = list(watch(storage, "tiny", since=since, is_over=lambda: next(looks)() is None))
+    assert [event.kind for event in events] == ["adopted" if is_resumed else "claimed", "complete"]
     assert set(events[0].params) >= {"B", "X"}

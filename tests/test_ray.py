@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from frem_search.errors import DeviceError, StudyNotFoundError, UsageError
-from frem_search.launch.ray import ray_cluster, require_this_machine
+from frem_search.launch.ray import check_storage
 from frem_search.launch.room import Node, Plan, plan
 from frem_search.record import read_record
 from frem_search.training.device import find_device
@@ -243,28 +243,22 @@ def test_what_a_cluster_cannot_be_asked_for_is_refused(settings, message):
 def test_the_embedded_database_is_refused_to_other_machines():
     ray = pytest.importorskip("ray", reason="The extra ray is not installed.")
     here = ray.util.get_node_ip_address()
-    require_this_machine([Node(here, 1), Node(here, 1)])
+    check_storage([Node(here, 1), Node(here, 1)], None)
     with pytest.raises(UsageError, match=r"has 203\.0\.113\.7 too\. Set FREM_SEARCH_STORAGE to a PostgreSQL"):
-        require_this_machine([Node(here, 1), Node("203.0.113.7", 1)])
+        check_storage([Node(here, 1), Node("203.0.113.7", 1)], None)
 
 
-def test_without_the_extra_it_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'pip install "frem-search\[ray\]"'), ray_cluster():
-        pass
-
-
-def test_an_address_where_no_cluster_answers_is_told(run_cli, tiny_study, storage_url):
-    pytest.importorskip("ray", reason="The extra ray is not installed.")
-    settings = {"RAY_ADDRESS": "127.0.0.1:9", "FREM_SEARCH_STORAGE": storage_url}
-    done = run_cli("run", "--study", tiny_study, "--engine", "ray", **settings)
-    assert done.returncode == 1
-    assert "RAY_ADDRESS: no Ray cluster answers at 127.0.0.1:9" in done.stderr
-
-
-def test_the_local_engine_divides_no_gpus(run_cli, tiny_study):
-    done = run_cli("run", "--study", tiny_study, "--gpus-per-worker", 0.5)
-    assert done.returncode == 2
-    assert "--gpus-per-worker: only --engine ray divides GPUs" in done.stderr
-    done = run_cli("run", "--study", tiny_study, "--engine", "slurm")
-    assert "--engine: expected one of local, ray, but got 'slurm'." in done.stderr
+def test_a_password_travels_to_other_machines_by_tls_alone(monkeypatch):
+    ray = pytest.importorskip("ray", reason="The extra ray is not installed.")
+    here, elsewhere = Node(ray.util.get_node_ip_address(), 1), Node("203.0.113.7", 1)
+    without, url = "postgresql://me@db/frem", "postgresql://me:secret@db/frem"
+    check_storage([here], url)
+    check_storage([here, elsewhere], without)
+    with pytest.raises(UsageError, match=r"would travel to 203\.0\.113\.7 for everybody") as told:
+        check_storage([here, elsewhere], url)
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    with pytest.raises(UsageError, match="FREM_SEARCH_PASSWORD_FILE or PGPASSFILE"):
+        check_storage([here, elsewhere], without)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    check_storage([here, elsewhere], url)

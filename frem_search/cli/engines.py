@@ -74,15 +74,11 @@ class Asked:
 def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search in this process, or in several of this machine."""
     from frem_search.launch.local import devices_of, local_workers
-    from frem_search.parameters import check
 
     devices = devices_of(asked.device, asked.workers)
     if len(devices) == 1 or _is_measured(asked, devices):
-        n_workers = _search_alone(asked, storage, devices, is_stopping=is_stopping)
-        devices = devices_of(asked.device, n_workers)
-    else:
-        check(asked.study_file)  # all else the workers see for themselves, and begin the study
-    if len(devices) == 1 or is_stopping():
+        devices = devices_of(asked.device, _search_alone(asked, storage, devices, is_stopping=is_stopping))
+    if len(devices) == 1:
         return
     team = local_workers(
         worker_arguments(
@@ -95,15 +91,20 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
         study=asked.study_file.name,
         environment=asked.environment,
         is_stopping=is_stopping,
+        tell=_tell,
     )
     _show_team(team, asked)
 
 
 def _is_measured(asked: Asked, devices: Sequence[str]) -> bool:
     """Whether it takes a measurement to tell how many trials train side by side."""
+    if asked.cohort is not None:
+        return asked.cohort == "auto"
+    if devices[0] == "cpu":
+        return False
     from frem_search.training.device import find_device
 
-    return asked.cohort == "auto" or (asked.cohort is None and find_device(devices[0]).type != "cpu")
+    return find_device(devices[0]).type != "cpu"
 
 
 def _search_alone(asked: Asked, storage: "Storage", devices: Sequence[str], *, is_stopping: Callable[[], bool]) -> int:
@@ -111,22 +112,24 @@ def _search_alone(asked: Asked, storage: "Storage", devices: Sequence[str], *, i
     from frem_search.cli.progress import show_progress
     from frem_search.record import read_record
 
+    is_chosen = len(devices) > 1
     with open_worker(
         asked.study_file,
         storage,
         device=devices[0],
         artifacts=asked.artifacts,
         cohort=asked.cohort,
-        workers=len(devices) if len(devices) > 1 else asked.workers,
+        workers=devices.count(devices[0]) if is_chosen else asked.workers,  # measured on one device as they share it
         checkpoint_every=asked.checkpoint_every,
         is_stopping=is_stopping,
     ) as (_, worker, arrangement):
-        if arrangement.workers == 1:
+        n_workers = len(devices) if is_chosen else arrangement.workers
+        if n_workers == 1:
             before = read_record(storage, asked.study_file.name, has_curves=False)
             _note_budget(before, asked)
             with closing(worker.work()) as events:  # whatever happens, trials are let go before the database is
                 show_progress(events, before)
-        return arrangement.workers
+        return n_workers
 
 
 def _show_team(team: "Team", asked: Asked) -> None:
@@ -138,20 +141,19 @@ def _show_team(team: "Team", asked: Asked) -> None:
         if before is None:
             raise typer.Exit(INTERRUPTED)
         _note_budget(before, asked)
-        with closing(team.events()) as events:
+        with closing(team.events(before)) as events:
             show_progress(events, before)
 
 
 def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search on a Ray cluster; the study is begun there, as this machine may have neither GPU nor images."""
-    from frem_search.launch.ray import ray_cluster, ray_workers, require_this_machine
+    from frem_search.launch.ray import check_storage, ray_cluster, ray_workers
     from frem_search.launch.room import plan, room
     from frem_search.parameters import check
 
     check(asked.study_file)
     with ray_cluster() as nodes:
-        if not asked.storage_url:
-            require_this_machine(nodes)
+        check_storage(nodes, asked.storage_url)
         chosen = plan(nodes, device=asked.device, workers=asked.workers, gpus_per_worker=asked.gpus_per_worker)
         n_places = min(chosen.n, room(nodes, cpus=chosen.cpus, gpus=chosen.gpus))
         _tell(f"Ray: room for {n_places} of {chosen.n} workers on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")

@@ -1,17 +1,14 @@
 """Worker processes on this machine."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torch
-
 from frem_search.launch.team import End, Team
-from frem_search.processes import PARENT
+from frem_search.processes import PARENT, how_it_ended
 from frem_search.storage import Storage
 from frem_search.training.layouts import n_cores
 
@@ -24,6 +21,7 @@ def local_workers(
     study: str,
     environment: Mapping[str, str],
     is_stopping: Callable[[], bool],
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Team:
     """Return workers of one study as processes of this machine, which stop when this one is gone, whatever ended it.
 
@@ -34,10 +32,14 @@ def local_workers(
         study: As `Team` takes it.
         environment: Variables of the workers beside our own.
         is_stopping: As `Team` takes it.
+        tell: As `Team` takes it.
     """
-    settings = {**os.environ, **environment, **share_of_cores(len(devices)), PARENT: str(os.getpid())}
-    starts = [partial(_Process, [*arguments, "--device", device], device, settings) for device in devices]
-    return Team(starts, storage=storage, study=study, is_stopping=is_stopping)
+    shared = {**os.environ, **environment, **share_of_cores(len(devices)), PARENT: str(os.getpid())}
+    starts = []
+    for device in devices:
+        seen, of_gpu = alone_on(device)
+        starts.append(partial(_Process, [*arguments, "--device", seen], device, {**shared, **of_gpu}))
+    return Team(starts, storage=storage, study=study, is_stopping=is_stopping, tell=tell)
 
 
 class _Process:
@@ -60,11 +62,8 @@ class _Process:
         status = self._process.poll()
         if status is None:
             return None
-        if status < 0:
-            return End(None, signal.Signals(-status).name)
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return End(status, lines[-1] if lines else "no message")
+        return End(*how_it_ended(status, self._stderr.read()))
 
     def is_waiting(self) -> bool:
         return False
@@ -93,6 +92,30 @@ def devices_of(device: str, workers: int | None) -> list[str]:
     ['cuda:0', 'cuda:1', 'cuda:0']
     """
     names = [name.strip() for name in device.split(",") if name.strip()] or ["auto"]
-    if names == ["auto"] and torch.cuda.device_count() > 1:
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if names == ["auto"] and len(gpus := visible_gpus()) > 1:
+        names = [f"cuda:{i}" for i in range(len(gpus))]
     return [names[i % len(names)] for i in range(workers or len(names))]
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES spells them."""
+    import torch
+
+    n_seen = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(i) for i in range(n_seen)]
+    ids = [name.strip() for name in visible.split(",") if name.strip()]
+    # A process sees one part of a GPU at most, however many are named; of whole ones those before the first wrong name.
+    return ids if n_seen and ids[0].startswith("MIG-") else ids[:n_seen]
+
+
+def alone_on(device: str) -> tuple[str, Mapping[str, str]]:
+    """Return the name of a GPU for a worker that sees no other, and the variable that hides the others from it.
+
+    So a worker may have any part of a GPU, and none takes memory on another's.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index.isdecimal() or int(index) >= len(gpus := visible_gpus()):
+        return device, {}
+    return "cuda:0", {"CUDA_VISIBLE_DEVICES": gpus[int(index)]}

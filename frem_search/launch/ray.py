@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frem_search import __version__
+from frem_search.database_url import normalise_url
 from frem_search.errors import UsageError, WorkerError
 from frem_search.launch.ray_actor import Order, Runner
 from frem_search.launch.room import Node, Plan
@@ -84,19 +85,29 @@ def _node(description: dict[str, Any]) -> Node:
     return Node(description["NodeManagerAddress"], resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
-def require_this_machine(nodes: Sequence[Node]) -> None:
-    """Refuse a cluster whose other machines could not reach the embedded database.
+def check_storage(nodes: Sequence[Node], url: str | None) -> None:
+    """Refuse a database that other machines of the cluster could not reach, or whose password would travel openly.
 
     Raises:
-        UsageError: It has nodes elsewhere.
+        UsageError: So it is.
     """
     import ray
 
-    elsewhere = sorted({node.address for node in nodes} - {ray.util.get_node_ip_address()})
-    if elsewhere:
+    elsewhere = ", ".join(sorted({node.address for node in nodes} - {ray.util.get_node_ip_address()}))
+    if not elsewhere:
+        return
+    if not url:
         message = (
             f"--engine ray: the embedded database can be reached from this machine only, but the cluster has "
-            f"{', '.join(elsewhere)} too. Set FREM_SEARCH_STORAGE to a PostgreSQL that all nodes reach."
+            f"{elsewhere} too. Set FREM_SEARCH_STORAGE to a PostgreSQL that all nodes reach."
+        )
+        raise UsageError(message)
+    has_password = bool(normalise_url(url).password) or "PGPASSWORD" in os.environ
+    if has_password and os.environ.get("RAY_USE_TLS") != "1":
+        message = (
+            f"--engine ray: the database's password would travel to {elsewhere} for everybody on the network to read. "
+            "Put it into a file that each node has, and name that by FREM_SEARCH_PASSWORD_FILE or PGPASSFILE, or start "
+            "Ray with RAY_USE_TLS=1."
         )
         raise UsageError(message)
 

@@ -1,7 +1,6 @@
 """What runs on a node of a Ray cluster: it starts a worker process there and waits for it."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from frem_search import __version__
-from frem_search.processes import PARENT
+from frem_search.processes import PARENT, how_it_ended
 
 
 class Order(NamedTuple):
@@ -70,11 +69,8 @@ class Runner:
                     env={**os.environ, **order.environment, PARENT: str(os.getpid())},
                 )
             status = self._process.wait()
-            if status < 0:
-                return None, signal.Signals(-status).name
             stderr.seek(0)
-            lines = stderr.read().decode(errors="replace").strip().splitlines()
-            return status, lines[-1] if lines else "no message"
+            return how_it_ended(status, stderr.read())
 
     def stop(self) -> None:
         """Let the worker store its trials and go."""

@@ -1,20 +1,24 @@
 """Workers kept at work until the study's budget is spent, wherever they run."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from frem_search.errors import StudyNotFoundError, WorkerError
-from frem_search.launch.watch import ENDED, watch
+from frem_search.errors import DatabaseAwayError, StudyNotFoundError, UsageError, WorkerError
+from frem_search.launch.watch import BLINK_S, ENDED, watch
 from frem_search.record import StudyRecord, read_record
 from frem_search.storage import Storage
 from frem_search.worker import TrialEvent
 
 POLL_S = 0.5
-MOST_DEATHS_IN_A_ROW = 5
+MOST_DEATHS = 5  # in one place, before any trial advances
+PAUSE_S = 1.0  # before a place where workers are killed gets another one; doubled each time
 STOP_TIMEOUT_S = 3600.0  # an epoch may be long; a second Ctrl-C does not wait
+KILL_AFTER_S = 10.0  # of that second Ctrl-C
 TOLD_AFTER_S = 20.0
+USED_WRONGLY = 2
 STOPPED = 130  # what a worker ends with that somebody else asked to stop: its machine goes away, say
 
 
@@ -51,18 +55,38 @@ class Seat(Protocol):
         """Let go of it, and kill it if it still lives."""
 
 
+@dataclass(eq=False)
+class _Place:
+    """Where a worker belongs.
+
+    Args:
+        start: Puts one there.
+        seat: The one that is there now.
+        n_killed: How many were killed there since a trial advanced.
+        start_at: When the next one may begin, by `time.monotonic`.
+        is_given_up: Whether one ended with an error there, which another would only meet again.
+    """
+
+    start: Callable[[], Seat]
+    seat: Seat | None = None
+    n_killed: int = 0
+    start_at: float = -math.inf
+    is_given_up: bool = False
+
+
 class Team:
     """Workers of one study; as a context, they are there from its beginning to its end.
 
-    One that is killed is replaced; one that ends with an error of its own would only meet it again. The first that
-    leaves has found the budget spent, so that those which wait for a place are not needed any more.
+    One that is killed is replaced. One that ends with an error of its own is not, and the others go on; before the
+    study is begun, its error is that of all. The first that leaves has found the budget spent, so that those which
+    wait for a place are not needed any more.
 
     Args:
         starts: Each starts a worker, once more if that one is killed.
         storage: Where their trials are looked up.
         study: The study's name.
         is_stopping: Once it says yes, the workers store their trials and leave.
-        tell: Told in a line that workers wait for a place.
+        tell: Told in a line that workers wait for a place, or ended with an error.
     """
 
     def __init__(
@@ -74,90 +98,122 @@ class Team:
         is_stopping: Callable[[], bool],
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._starts, self._storage, self._study = list(starts), storage, study
+        self._places = [_Place(start) for start in starts]
+        self._storage, self._study = storage, study
         self._is_stopping, self._tell = is_stopping, tell
-        self._seats: dict[Seat, Callable[[], Seat]] = {}
-        self._deaths_in_a_row = 0
-        self._is_spent = False
+        self._is_begun = self._is_spent = False
         self._tell_at = time.monotonic() + TOLD_AFTER_S
 
     def __enter__(self) -> "Team":
         try:
-            for start in self._starts:
-                self._seats[start()] = start
+            self._fill()
         except BaseException:
             self._end()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._end()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_urgent = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._end(within_s=KILL_AFTER_S if is_urgent else STOP_TIMEOUT_S)
 
     def begun(self) -> StudyRecord | None:
         """Wait until a worker has begun the study, and return it; None if that was stopped before.
 
         Raises:
+            UsageError: A worker was told that the study, or its options, cannot be used.
             WorkerError: As `events`.
         """
         while True:
             is_over = self._look_after()
             try:
-                return read_record(self._storage, self._study, has_curves=False)
-            except StudyNotFoundError:
+                record = read_record(self._storage, self._study, has_curves=False, patience_s=BLINK_S)
+            except (StudyNotFoundError, DatabaseAwayError):
                 if is_over:
                     return None
+            else:
+                self._is_begun = True
+                return record
             time.sleep(POLL_S)
 
-    def events(self) -> Generator[TrialEvent, None, None]:
+    def events(self, since: StudyRecord) -> Generator[TrialEvent, None, None]:
         """Tell what happens to the trials, until all workers have left.
 
+        Args:
+            since: The study as it was begun.
+
         Raises:
-            WorkerError: The workers ended with an error, or were killed again and again.
+            WorkerError: Each of the workers ended with an error, or they were killed again and again.
+            DatabaseAwayError: The database was away when they left.
         """
-        for event in watch(self._storage, self._study, is_over=self._look_after):
-            if event.kind in ENDED.values():
-                self._deaths_in_a_row = 0
+        for event in watch(self._storage, self._study, since=since, is_over=self._look_after):
+            if event.kind in ("epoch", *ENDED.values()):
+                for place in self._places:
+                    place.n_killed = 0
             yield event
+
+    @property
+    def _seats(self) -> list[Seat]:
+        return [place.seat for place in self._places if place.seat is not None]
 
     def _look_after(self) -> bool:
         """Replace who was killed; return whether all have left."""
         if self._is_stopping():
-            self._stop_all()
+            self._stop_all(within_s=STOP_TIMEOUT_S)
             return True
-        for seat, start in list(self._seats.items()):
-            end = seat.end()
-            if end is not None:
-                del self._seats[seat]
+        for place in self._places:
+            if place.seat is not None and (end := place.seat.end()) is not None:
+                seat, place.seat = place.seat, None
                 seat.close()
-                self._judge(seat, end)
-                if end.status != 0 and not self._is_spent:
-                    self._seats[start()] = start
+                self._judge(place, seat.place, end)
         if self._is_spent:
             self._dismiss_waiting()
-        else:
-            self._tell_who_waits()
-        return not self._seats
+            return not self._seats
+        self._fill()
+        self._tell_who_waits()
+        return False
 
-    def _judge(self, seat: Seat, end: End) -> None:
+    def _fill(self) -> None:
+        for place in self._places:
+            if place.seat is None and not place.is_given_up and time.monotonic() >= place.start_at:
+                place.seat = place.start()
+
+    def _judge(self, place: _Place, name: str, end: End) -> None:
+        """See what a worker's end means for its place."""
         if end.status == 0:
             self._is_spent = True
-        elif end.status not in (None, STOPPED):
-            words = end.words.removeprefix("frem-search: ")
-            message = f"a worker on {seat.place} ended with status {end.status}: {words}"
-            raise WorkerError(message)
+        elif end.status is None:
+            self._count_killed(place, name, end)
+        elif end.status == STOPPED:
+            place.start_at = time.monotonic() + PAUSE_S
         else:
-            self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= MOST_DEATHS_IN_A_ROW:
+            self._give_up(place, name, end)
+
+    def _count_killed(self, place: _Place, name: str, end: End) -> None:
+        place.n_killed += 1
+        if place.n_killed >= MOST_DEATHS:
             message = (
-                f"{self._study}: {self._deaths_in_a_row} workers were killed ({end.words}) before a trial ended. "
+                f"{self._study}: {place.n_killed} workers on {name} were killed ({end.words}) before a trial advanced. "
                 "Look for what kills them (lack of memory, a scheduler); the same command goes on."
             )
             raise WorkerError(message)
+        if place.n_killed > 1:
+            place.start_at = time.monotonic() + PAUSE_S * 2 ** (place.n_killed - 2)
+
+    def _give_up(self, place: _Place, name: str, end: End) -> None:
+        words = end.words.removeprefix("frem-search: ")
+        place.is_given_up = True
+        if end.status == USED_WRONGLY and not self._is_begun:
+            raise UsageError(words)
+        message = f"a worker on {name} ended with status {end.status}: {words}"
+        if not self._is_begun or all(each.is_given_up for each in self._places):
+            raise WorkerError(message)
+        self._tell(f"{message} The others go on.")
 
     def _dismiss_waiting(self) -> None:
-        for seat in [seat for seat in self._seats if seat.is_waiting()]:
-            del self._seats[seat]
-            seat.close()
+        for place in self._places:
+            if place.seat is not None and place.seat.is_waiting():
+                place.seat.close()
+                place.seat = None
 
     def _tell_who_waits(self) -> None:
         if time.monotonic() < self._tell_at:
@@ -166,19 +222,20 @@ class Team:
         if n_waiting := sum(seat.is_waiting() for seat in self._seats):
             self._tell(f"{n_waiting} of {len(self._seats)} workers wait for a place")
 
-    def _stop_all(self) -> None:
+    def _stop_all(self, *, within_s: float) -> None:
         for seat in self._seats:
             if seat.end() is None:
                 seat.ask_to_stop()
-        until = time.monotonic() + STOP_TIMEOUT_S
+        until = time.monotonic() + within_s
         while any(seat.end() is None for seat in self._seats) and time.monotonic() < until:
             time.sleep(POLL_S / 5)
 
-    def _end(self) -> None:
-        """Let those that are left store their trials and go; at a second interrupt they are killed."""
+    def _end(self, *, within_s: float = STOP_TIMEOUT_S) -> None:
+        """Let those that are left store their trials and go; who has not gone in time is killed."""
         try:
-            self._stop_all()
+            self._stop_all(within_s=within_s)
         finally:
-            for seat in self._seats:
-                seat.close()
-            self._seats.clear()
+            for place in self._places:
+                if place.seat is not None:
+                    place.seat.close()
+                    place.seat = None

@@ -3,31 +3,44 @@
 import time
 from collections.abc import Callable, Iterator
 
+from frem_search.errors import DatabaseAwayError
 from frem_search.record import StudyRecord, TrialRecord, read_record
 from frem_search.space import resolve, space_from_json
 from frem_search.storage import Storage
 from frem_search.worker import TrialEvent
 
 POLL_S = 1.0
+BLINK_S = 1.0  # patience with a database that is away: workers in training have more of it
 ENDED = {"complete": "complete", "pruned": "pruned", "fail": "failed"}
 
 
-def watch(storage: Storage, study: str, *, is_over: Callable[[], bool]) -> Iterator[TrialEvent]:
+def watch(storage: Storage, study: str, *, since: StudyRecord, is_over: Callable[[], bool]) -> Iterator[TrialEvent]:
     """Yield the events of all trials that begin, advance or end, until told that it is over.
+
+    While the database is away nothing is known; its news come when it is back.
 
     Args:
         storage: The database.
         study: The study's name.
+        since: The study as the listener knows it.
         is_over: Asked before every look; one last look follows its yes.
+
+    Raises:
+        DatabaseAwayError: The database was away at the last look.
     """
-    begun = read_record(storage, study, has_curves=False).trials
-    known = {trial.number: trial for trial in begun if trial.state != "running"}  # those are news to the listener
+    # Trials that are in training already are news to the listener.
+    known = {trial.number: trial for trial in since.trials if trial.state != "running"}
     while True:
         is_last = is_over()
-        record = read_record(storage, study, has_curves=False)
-        for trial in record.trials:
-            yield from _news(known.get(trial.number), trial, record)
-        known = {trial.number: trial for trial in record.trials}
+        try:
+            record = read_record(storage, study, has_curves=False, patience_s=BLINK_S)
+        except DatabaseAwayError:
+            if is_last:
+                raise
+        else:
+            for trial in record.trials:
+                yield from _news(known.get(trial.number), trial, record)
+            known = {trial.number: trial for trial in record.trials}
         if is_last:
             return
         time.sleep(POLL_S)
@@ -36,9 +49,8 @@ def watch(storage: Storage, study: str, *, is_over: Callable[[], bool]) -> Itera
 def _news(before: TrialRecord | None, now: TrialRecord, record: StudyRecord) -> Iterator[TrialEvent]:
     """Yield what happened to a trial between two looks."""
     was = before.state if before else ""
-    has_begun = now.state == "running" and was != "running"
     # A quick trial may begin and end between two looks.
-    if has_begun or (now.state in ENDED and not before):
+    if was not in ("running", *ENDED) and now.state in ("running", *ENDED):
         params = resolve(space_from_json(record.contract["space"]), now.params)
         yield TrialEvent("adopted" if was == "waiting" else "claimed", now.number, params=params)
     if now.state == "running" and now.epoch > (before.epoch if before else 0):
