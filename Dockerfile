@@ -1,7 +1,8 @@
 # frem-search for CPUs and NVIDIA GPUs: PyTorch's wheel for Linux brings CUDA along.
-# The minor version of Python is pinned here, every package in constraints.txt.
+# Pinned are: here Python's minor version and Debian's release; in constraints.txt every package, pip and what builds
+# ours too; by PyTorch the version of CUDA. A few small packages that come with CUDA are not.
 
-FROM python:3.12-slim AS build
+FROM python:3.12-slim-trixie AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
 RUN python -m venv /opt/frem-search
 ENV PATH=/opt/frem-search/bin:$PATH
@@ -9,15 +10,17 @@ WORKDIR /build
 # Dependencies before the program, so that a change of the program does not download them again: for this one step
 # the package is empty.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+# pip first: the image's own may not know of --build-constraint.
 RUN mkdir frem_search studies \
     && touch frem_search/__init__.py studies/empty.toml \
-    && pip install -c constraints.txt ".[dashboard]" \
+    && pip install -c constraints.txt pip \
+    && pip install -c constraints.txt --build-constraint constraints.txt ".[dashboard]" \
     && pip uninstall --yes frem-search
 COPY frem_search frem_search
 COPY studies studies
-RUN pip install -c constraints.txt --no-deps . && pip uninstall --yes pip
+RUN pip install -c constraints.txt --build-constraint constraints.txt --no-deps . && pip uninstall --yes pip
 
-FROM python:3.12-slim
+FROM python:3.12-slim-trixie
 COPY --from=build /opt/frem-search /opt/frem-search
 # A volume is mounted on /data, and a new one takes over what lies there and whose it is.
 RUN groupadd --gid 10001 frem \

@@ -22,7 +22,8 @@ import optuna
 import psycopg2
 
 from benchmarks.storage_overhead import SPACE, DoNothing
-from frem_search.leases import Held, Leases
+from frem_search.claims import Held
+from frem_search.leases import Leases
 from frem_search.space import distributions
 from frem_search.storage import open_storage
 from frem_search.study import open_study

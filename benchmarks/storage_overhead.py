@@ -7,7 +7,7 @@ import argparse
 import statistics
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ class Nothing:
     epoch: int = 0
     best_score: float = 0.5
     in_sequence: bool = False
+    set_aside: str = ""
     curve: dict[str, list[Any]] = field(default_factory=lambda: {"epoch": [1], "score": [0.5]})
 
 
@@ -62,6 +63,8 @@ class DoNothing:
 
     def train_in_turn(self) -> bool:
         return False
+
+    def sweep(self, finished: Collection[int]) -> None: ...
 
     def finish(self, number: int) -> Outcome:
         scores = {"mean_iou": 0.5, "per_class": {"cell": 0.5}}

@@ -14,35 +14,17 @@ from typing import Any
 import torch
 
 from frem_search import __version__
-from frem_search.errors import ContractError, DeviceMemoryError, UsageError
+from frem_search.errors import ContractError, DeviceMemoryError
 from frem_search.files import write_atomically
 from frem_search.home import home
 from frem_search.speed import Arrangement, Speed, Trainee, best, measure
-from frem_search.study import OpenStudy, keep_cohort
+from frem_search.study import LARGEST_COHORT, OpenStudy, keep_cohort, parse_cohort
 from frem_search.training.device import describe_device
 from frem_search.training.layouts import ALONE, LAYOUTS, n_cores
 
 SECONDS_EACH = 3.0
 SECONDS_IN_ALL = 50.0
-MOST = 64  # trials side by side
 FREE_SHARE = 0.9  # of the device's memory that may be planned with
-
-
-def parse_cohort(text: str) -> int | None:
-    """Read `--cohort`: a number, or None for `auto`.
-
-    Raises:
-        UsageError: It is neither.
-
-    >>> parse_cohort("auto"), parse_cohort("4")
-    (None, 4)
-    """
-    if text == "auto":
-        return None
-    if text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST:
-        return int(text)
-    message = f"--cohort: expected auto or a number of trials from 1 to {MOST}, but got {text!r}."
-    raise UsageError(message)
 
 
 def settle(
@@ -137,7 +119,7 @@ def candidates(trainee: Trainee, *, cohort: int | None = None, workers: int | No
     """
     kind, cores = trainee.device.type, n_cores()
     # TPE learns little from trials that are all drawn at once: a quarter of the budget at most.
-    most = min(MOST, max(2, trainee.study_file.n_trials // 4))
+    most = min(LARGEST_COHORT, max(2, trainee.study_file.n_trials // 4))
     layouts = [name for name, layout in LAYOUTS.items() if kind in layout.devices]
     if kind == "cpu":
         sizes = {"threads": [min(cores, most)], "stacked": [4, 8]}

@@ -13,6 +13,8 @@ from frem_search.errors import ArtifactError
 from frem_search.files import write_atomically
 from frem_search.home import home
 
+SET_ASIDE = ".unusable"
+
 
 def artifacts_url(given: str | None = None) -> str:
     """Return the URL asked for, by option or FREM_SEARCH_ARTIFACTS, or a folder under FREM_SEARCH_HOME."""
@@ -45,7 +47,7 @@ class Artifacts:
                 f"{masked(url)}: cannot be used for artifacts: {reason}. Give a folder, or install the fsspec driver."
             )
             raise ArtifactError(message) from None
-        self._root = f"{root.rstrip('/')}/{prefix}"
+        self._root = f"{root.rstrip('/')}/{prefix}".rstrip("/")
         self._is_local = "file" in self._files.protocol
 
     def check(self) -> None:
@@ -54,17 +56,21 @@ class Artifacts:
         Raises:
             ArtifactError: It cannot be used.
         """
-        name, content = f"probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-        self.write(name, content)
-        found = self.read(name)
-        self.remove(name)
+        path, content = self._path(f"probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
+        # Each is told of the folder: nobody knows the file.
+        with self._told("", "written"):
+            self._write(path, content)
+        with self._told("", "read"):
+            found = self._files.cat_file(path)
+        with self._told("", "cleared of a file"):
+            self._files.rm_file(path)
         if found != content:
-            message = f"{self.url(name)}: what was written is not what is read. Set FREM_SEARCH_ARTIFACTS elsewhere."
+            message = f"{self._label('')}: what was written is not what is read. Set FREM_SEARCH_ARTIFACTS elsewhere."
             raise ArtifactError(message)
 
     def url(self, name: str) -> str:
         """Return where a file lies, for messages and other tools; without a password."""
-        path = f"{self._root}/{name}"
+        path = self._path(name)
         return path if self._is_local else masked(str(self._files.unstrip_protocol(path)))
 
     def write(self, name: str, content: bytes) -> None:
@@ -73,12 +79,8 @@ class Artifacts:
         Raises:
             ArtifactError: It cannot be written, for example because the disk is full.
         """
-        path = f"{self._root}/{name}"
         with self._told(name, f"written ({len(content)} bytes)"):
-            if self._is_local:
-                write_atomically(Path(path), content)
-            else:
-                self._files.pipe_file(path, content)
+            self._write(self._path(name), content)
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or nothing if there is no such file.
@@ -87,24 +89,50 @@ class Artifacts:
             ArtifactError: It is there and cannot be read.
         """
         with self._told(name, "read"), suppress(FileNotFoundError):
-            return bytes(self._files.cat_file(f"{self._root}/{name}"))
+            return bytes(self._files.cat_file(self._path(name)))
         return None
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
         with self._told(name, "removed"), suppress(FileNotFoundError):
-            self._files.rm_file(f"{self._root}/{name}")
+            self._files.rm_file(self._path(name))
 
-    def set_aside(self, name: str) -> None:
-        """Keep a file that cannot be used under another name, so that it can be looked at."""
+    def set_aside(self, name: str) -> str:
+        """Keep a file that cannot be used under another name, so that it can be looked at; return where."""
         with self._told(name, "renamed"):
-            self._files.mv(f"{self._root}/{name}", f"{self._root}/{name}.unusable")
+            self._files.mv(self._path(name), self._path(name + SET_ASIDE))
+        return self.url(name + SET_ASIDE)
 
-    def remove_all(self) -> None:
-        """Remove everything of this study."""
+    def names(self) -> list[str]:
+        """Return the names of all files, from one look at the whole folder.
+
+        Raises:
+            ArtifactError: The storage does not list its files.
+        """
+        with self._told("", "listed"):
+            self._files.invalidate_cache()  # other workers write too
+            paths = self._files.find(self._root)
+        return [path.removeprefix(f"{self._root}/") for path in paths]
+
+    def remove_all(self) -> bool:
+        """Remove everything of this study; return whether there was anything."""
         with self._told("", "removed"):
-            if self._files.exists(self._root):
+            is_there = bool(self._files.exists(self._root))
+            if is_there:
                 self._files.rm(self._root, recursive=True)
+            return is_there
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _label(self, name: str) -> str:
+        return self.url(name).rstrip("/")
+
+    def _write(self, path: str, content: bytes) -> None:
+        if self._is_local:
+            write_atomically(Path(path), content)
+        else:
+            self._files.pipe_file(path, content)
 
     @contextmanager
     def _told(self, name: str, action: str) -> Iterator[None]:
@@ -114,7 +142,7 @@ class Artifacts:
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             message = (
-                f"{self.url(name)}: cannot be {action}: {masked(reason)}. Free space, mend the permissions or "
+                f"{self._label(name)}: cannot be {action}: {masked(reason)}. Free space, mend the permissions or "
                 "credentials, or set FREM_SEARCH_ARTIFACTS to another place, and run the same command again."
             )
             raise ArtifactError(message) from error

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from frem_search.errors import StorageError
+from frem_search.errors import UsageError
 from frem_search.files import read_secret
 
 DRIVER = "postgresql+psycopg2"
@@ -27,7 +27,7 @@ def normalise_url(text: str) -> sa.URL:
     """Return the URL with our driver, and a password where it is hidden when the URL is printed.
 
     Raises:
-        StorageError: It is no URL of a PostgreSQL database, or has settings that are not libpq's.
+        UsageError: It is no URL of a PostgreSQL database, or has settings that are not libpq's.
 
     >>> normalise_url("postgres://me:p%40ss@db/frem").drivername
     'postgresql+psycopg2'
@@ -38,7 +38,7 @@ def normalise_url(text: str) -> sa.URL:
             f"storage: expected a PostgreSQL URL (postgresql://...), but got one that begins with {url.drivername}://. "
             "Searches need PostgreSQL; leave --storage out to use the embedded one."
         )
-        raise StorageError(message)
+        raise UsageError(message)
     if "password" in url.query:  # SQLAlchemy hides a password only where it stands before the host
         given = url.query["password"]
         url = url.difference_update_query(["password"]).set(password=given if isinstance(given, str) else given[-1])
@@ -47,7 +47,7 @@ def normalise_url(text: str) -> sa.URL:
             f"storage: expected libpq's settings after the ? of the URL, such as sslmode, but got {', '.join(others)}. "
             "A password stands before the host, or in a file; a key with a passphrase (sslpassword) cannot be used."
         )
-        raise StorageError(message)
+        raise UsageError(message)
     return url.set(drivername=DRIVER)
 
 
@@ -65,7 +65,7 @@ def _parse(text: str) -> sa.URL:
             "as a URL. Percent-encode special characters in the password (@ is %40, / is %2F), or leave it out and use "
             f"{PASSWORD_FILE} or PGPASSFILE."
         )
-        raise StorageError(message) from None
+        raise UsageError(message) from None
     return url
 
 

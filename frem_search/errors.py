@@ -3,7 +3,8 @@
 FremSearchError             exit status 1
 ├── UsageError              exit status 2: what was asked for cannot be done as it was asked
 │   ├── StudyFileError      a study file is wrong
-│   └── ParameterError      a hyperparameter is outside what the network or the training takes
+│   ├── ParameterError      a hyperparameter is outside what the network or the training takes
+│   └── UnknownDatasetError nothing here has the name or path of a dataset; a DatasetError too
 ├── DatasetError            images or labels are missing, broken or do not fit each other
 ├── ContractError           a stored study was begun with other settings
 ├── StudyNotFoundError      the storage holds no such study
@@ -11,7 +12,7 @@ FremSearchError             exit status 1
 │   ├── DatabaseAwayError   the database stayed out of reach for longer than it was worth waiting for
 │   └── LeaseLostError      another worker holds the trial now
 ├── ArtifactError           a checkpoint or prediction cannot be written or read
-├── DeviceError             the device is missing
+├── DeviceError             the device is missing or fails
 │   └── DeviceMemoryError   the device has no memory left
 ├── WorkerError             worker processes or their cluster ended before their work was done
 └── ChromeNotFoundError     no Chrome or Chromium to draw PNG, SVG or PDF with
@@ -65,6 +66,10 @@ class DatasetError(FremSearchError):
     """Images or labels are missing, broken or do not fit each other."""
 
 
+class UnknownDatasetError(UsageError, DatasetError):
+    """Nothing here has the name or path that was given for a dataset."""
+
+
 class ContractError(FremSearchError):
     """A stored study was begun with other settings."""
 
@@ -90,11 +95,13 @@ class ArtifactError(FremSearchError):
 
 
 class DeviceError(FremSearchError):
-    """The device is missing."""
+    """The device is missing or fails."""
 
 
 class DeviceMemoryError(DeviceError):
-    """The device has no memory left."""
+    """The device has no memory left; whoever gives up for it adds the remedy."""
+
+    remedy = "Free the device, or set a smaller batch_size, image_size or base_channels."
 
 
 class WorkerError(FremSearchError):

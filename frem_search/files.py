@@ -1,16 +1,20 @@
 """Files that are there whole or not at all, and files that hold a secret."""
 
 import os
+import re
 import uuid
 from pathlib import Path
 
 from frem_search.errors import UsageError
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, and its folder if need be: a reader finds the old content or the whole of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not tempfile's: others must be able to read it
+    # TEMPORARY; not tempfile's: others must be able to read it.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -20,6 +24,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_temporary(path: str) -> bool:
+    """Whether `write_atomically` writes to this file, or was killed as it did.
+
+    >>> is_temporary("3/.weights.pt.0123456789abcdef0123456789abcdef"), is_temporary("3/weights.pt")
+    (True, False)
+    """
+    return TEMPORARY.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def read_secret(path: Path, *, named_by: str) -> str:

@@ -11,13 +11,13 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState
 
 from frem_search.artifacts import Artifacts
+from frem_search.claims import keep_note
 from frem_search.errors import ContractError, UsageError
-from frem_search.leases import keep_note
 from frem_search.losses import LOSSES
 from frem_search.networks import network_params
-from frem_search.objective import PREDICTIONS, WEIGHTS
 from frem_search.parameters import TrainingParams, check, load_images
 from frem_search.record import StudyRecord, read_record
+from frem_search.results import PREDICTIONS, WEIGHTS
 from frem_search.space import Choice, Fixed, Param, Space, distributions, resolve, space_from_json
 from frem_search.study import artifacts_prefix, hold_study, make_contract, write_attrs
 from frem_search.study_file import StudyFile

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import optuna
 
-from frem_search.arrangement import parse_cohort, settle
+from frem_search.arrangement import settle
 from frem_search.artifacts import Artifacts
 from frem_search.leases import Leases
 from frem_search.objective import Objective
@@ -14,7 +14,7 @@ from frem_search.parameters import check, check_dataset, load_images
 from frem_search.space import distributions
 from frem_search.speed import Arrangement, Trainee
 from frem_search.storage import Storage
-from frem_search.study import OpenStudy, make_contract, open_study
+from frem_search.study import OpenStudy, make_contract, open_study, parse_cohort
 from frem_search.study_file import StudyFile
 from frem_search.training.device import best_precision, describe_device, find_device
 from frem_search.worker import Worker
@@ -58,7 +58,7 @@ def open_worker(
         workers: As `arrangement.settle` takes it.
         is_stopping: As `Worker` takes it.
         checkpoint_every_s: As `Worker` takes it.
-        tell: Told in a line what takes its time before the first trial.
+        tell: Told in a line where trials are trained and kept, and what takes its time before the first.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check(study_file)
@@ -76,6 +76,9 @@ def open_worker(
         class_names=dataset.class_names,
     )
     study = open_study(storage, study_file, contract)
+    kept = Artifacts(artifacts, study.artifacts_prefix)
+    where = kept.url("").rstrip("/")
+    tell(f"{study_file.name}: dataset {dataset.name}, artifacts {where}, device {describe_device(chosen)}")
     precision = study.contract["precision"]
     trainee = Trainee(study_file, dataset, chosen, precision)
     arrangement = settle(study, trainee, cohort=cohort, workers=workers, tell=tell)
@@ -84,7 +87,7 @@ def open_worker(
         dataset,
         device=chosen,
         precision=precision,
-        artifacts=Artifacts(artifacts, study.artifacts_prefix),
+        artifacts=kept,
         study_uid=study.uid,
         layout=arrangement.layout,
     )
@@ -93,7 +96,6 @@ def open_worker(
         study.optuna,
         distributions=distributions(study_file.space),
         device=describe_device(chosen),
-        is_stopping=is_stopping,
     )
     with leases:
         worker = Worker(

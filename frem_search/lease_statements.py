@@ -1,16 +1,22 @@
-"""The SQL of leases: every statement that reads or changes `frem_lease` and `frem_curve` while trials are trained."""
+"""The SQL by which workers claim, hold and finish trials."""
 
 import sqlalchemy as sa
 
 RUNNING = """
-    SELECT t.trial_id, t.number, l.token, l.worker, l.boot_id, l.pid_namespace, l.pid, l.pid_started,
+    SELECT t.trial_id, t.number, l.token, l.worker, l.host, l.boot_id, l.pid_namespace, l.pid, l.pid_started,
            coalesce(l.attempts, 0) AS attempts, coalesce(l.checkpoint_epoch, 0) AS checkpoint_epoch,
+           coalesce(l.epoch, 0) AS epoch,
            l.reason, coalesce(l.expires_at < clock_timestamp(), true) AS is_expired
     FROM trials t LEFT JOIN frem_lease l USING (trial_id)
     WHERE t.study_id = :study_id AND t.state = 'RUNNING'
 """
 RUNNING_TRIALS = sa.text(RUNNING + "ORDER BY t.number")
 RUNNING_TRIAL = sa.text(RUNNING + "AND t.trial_id = :trial_id")
+LOCK_STUDY = sa.text("""
+    SELECT a.value_json FROM studies s
+    LEFT JOIN study_user_attributes a ON a.study_id = s.study_id AND a.key = 'n_trials'
+    WHERE s.study_id = :study_id FOR UPDATE OF s
+""")
 LOCK_LEASE = sa.text("SELECT 1 FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE")
 COUNTS = sa.text("""
     SELECT count(*) AS numbers, count(*) FILTER (WHERE state = 'WAITING') AS enqueued
@@ -32,8 +38,14 @@ RENEW = sa.text("""
     WHERE trial_id = :trial_id AND token = :token
 """)
 HOLD = sa.text("""
-    SELECT token = :token AS is_held, told_token = :token AS is_told
-    FROM frem_lease WHERE trial_id = :trial_id FOR UPDATE
+    SELECT l.token = :token AS is_held, l.told_token = :token AS is_told, t.state = 'RUNNING' AS is_running
+    FROM frem_lease l JOIN trials t USING (trial_id) WHERE l.trial_id = :trial_id FOR UPDATE OF l
+""")
+FINISHED = sa.text("""
+    SELECT count(*) FROM trials WHERE study_id = :study_id AND state IN ('COMPLETE', 'PRUNED', 'FAIL')
+""")
+FINISHED_NUMBERS = sa.text("""
+    SELECT number FROM trials WHERE study_id = :study_id AND state IN ('COMPLETE', 'PRUNED', 'FAIL')
 """)
 RANKING = sa.text("""
     SELECT t.number FROM trials t JOIN trial_values v USING (trial_id)

@@ -1,41 +1,35 @@
-"""Claim, hold, adopt and let go of trials: a RUNNING trial belongs to whoever holds its lease."""
+"""Hold trials, report on them and let go of them: a RUNNING trial belongs to whoever holds its lease."""
 
+import copy
 import json
 import math
-import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from frem_search.errors import DatabaseAwayError, LeaseLostError, StorageError, StudyNotFoundError
+from frem_search.claims import Claims, Held, Unsent, finish, keep_note
+from frem_search.errors import DatabaseAwayError, LeaseLostError, StorageError
 from frem_search.lease_statements import (
     CHECKPOINTED,
-    COUNTS,
     FINISH,
+    FINISHED,
+    FINISHED_NUMBERS,
     HOLD,
     KEEP_CURVE,
-    KEEP_NOTE,
-    LOCK_LEASE,
     RANKING,
     RELEASE,
-    RENEW,
     RESUMED,
-    RUNNING_TRIAL,
-    RUNNING_TRIALS,
     SHARE_STUDY,
-    TAKE,
 )
-from frem_search.processes import is_gone, this_process
-from frem_search.storage import is_lost_connection
-from frem_search.trial_page import note_attrs, note_version_key, trial_note
+from frem_search.renewal import Renewal
+from frem_search.trial_page import trial_note
+from frem_search.watchdog import ANSWER_S, answers_within
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -43,45 +37,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LEASE_S = 180.0
 MAX_ATTEMPTS = 3
-PATIENCE_S = 600.0  # with a database that is away when there is nothing to train meanwhile
-BLINK_S = 1.0  # patience while there is something to train
-AWAY_PAUSE_S = 5.0  # before a worker in training looks for it again
+BLINK_S = 1.0  # patience with a database that is away
+SHORT_ANSWER_S = 3.0  # patience with one that does not answer, while trials wait for it
+AWAY_PAUSE_S = 5.0  # before it is looked for again; more where a look itself takes long
+LONGEST_PAUSE_S = 60.0
 
 
-@dataclass
-class _Unsent:
-    """What the database has not been told yet, because it was out of reach."""
+class Standing(NamedTuple):
+    """Where a study stands.
 
-    reports: dict[int, float] = field(default_factory=dict)
-    checkpoint: tuple[int, str] | None = None  # its epoch, and the curve up to it as JSON
+    Args:
+        n_finished: Trials that ended, whichever way.
+        ranking: Numbers of the best complete trials, best first.
+    """
 
-
-@dataclass(eq=False)
-class Held:
-    """A trial that this worker holds."""
-
-    trial: optuna.Trial
-    token: str
-    is_adopted: bool
-    attempt: int
-    epoch: int = 0  # how far the training is, for `status`
-    is_lost: bool = False
-    reported: int = field(default=0)  # the last step that the storage has
-    unsent: "_Unsent" = field(default_factory=lambda: _Unsent())
-
-    @property
-    def number(self) -> int:
-        """The trial's number."""
-        return self.trial.number
-
-    @property
-    def id(self) -> int:
-        """The trial's key in Optuna's tables."""
-        return self.trial._trial_id
+    n_finished: int
+    ranking: list[int]
 
 
 class Leases:
     """The leases that one worker holds on trials of one study; as a context, renewed by a thread.
+
+    Nothing here waits for a database that is away: training goes on, and what it has to be told is kept.
 
     Args:
         storage: The database.
@@ -90,7 +67,6 @@ class Leases:
         device: What the worker trains on, for `status`.
         lease_s: After how long without a sign of life the trial may be taken by others.
         max_attempts: How many attempts may fail to advance a checkpoint before the trial is FAIL.
-        is_stopping: Asked while the database is away; once it says yes, nothing waits for it any longer.
     """
 
     def __init__(
@@ -102,25 +78,25 @@ class Leases:
         device: str = "cpu",
         lease_s: float = LEASE_S,
         max_attempts: int = MAX_ATTEMPTS,
-        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._storage, self._study, self._distributions = storage, study, distributions
+        self._storage, self._study = storage, study
         self._study_id = study._study_id
-        self._device, self._lease_s, self._max_attempts = device, lease_s, max_attempts
-        self._worker = uuid.uuid4().hex
         self._held: dict[int, Held] = {}
+        self._claims = Claims(
+            storage, study, distributions=distributions, device=device, lease_s=lease_s, max_attempts=max_attempts
+        )
+        self._renewal = Renewal(storage, self._held, lease_s=lease_s)
         self._notes: dict[int, str] = {}  # of told trials, by their keys
-        self._is_stopping, self._away_until = is_stopping, -math.inf
-        self._stop = threading.Event()
-        self._renewer = threading.Thread(target=self._renew_until_stopped, name="lease-renewal", daemon=True)
+        self.away_since: float | None = None  # by `time.monotonic`, if the database was out of reach at the last look
+        self.away_because = ""
+        self._look_again_at = -math.inf
 
     def __enter__(self) -> "Leases":
-        self._renewer.start()
+        self._renewal.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._renewer.join()
+        self._renewal.stop()
         with suppress(StorageError):  # the database may be what ended the worker
             self.keep_notes()
 
@@ -132,49 +108,87 @@ class Leases:
             become orphans.
 
         Raises:
-            StorageError: The database stayed out of reach.
+            DatabaseAwayError: The database is out of reach.
+            StorageError: It refuses.
+            StudyNotFoundError: The study was deleted.
         """
-        claimed = self._patiently(self._claim)
+
+        def claim() -> Held | Literal["spent", "busy"]:
+            self._storage.get_to_know(self._study_id)
+            with self._storage.transaction() as connection:
+                claimed = self._claims.claim(connection, self._held)
+                self._store_notes(connection)
+                return claimed
+
+        # Others hold the study's lock in turn: that may take its time.
+        claimed = self._reach(claim, answer_s=ANSWER_S)
         self._notes.clear()
         if isinstance(claimed, Held):
             self._held[claimed.id] = claimed
         return claimed
 
+    @property
+    def given_up(self) -> Mapping[int, str]:
+        """Trials that the last claim has failed, by number, and why."""
+        return self._claims.given_up
+
     def report(self, held: Held, value: float, *, step: int) -> None:
         """Store a report, unless it is stored already; while the database is away it is kept for later.
 
         Raises:
-            LeaseLostError: Another worker holds the trial now.
+            LeaseLostError: The trial is not ours any more.
         """
         if step > held.reported:
             held.unsent.reports[step] = value
             self._send(held)
 
-    def should_prune(self, held: Held) -> bool:
-        """Whether the stored reports say that the trial should end here; while the database is away it goes on."""
-        if held.unsent.reports or isinstance(self._study.pruner, optuna.pruners.NopPruner):
+    def should_prune(self, held: Held, *, at_each: bool = True) -> bool:
+        """Whether the stored reports say that the trial should end here; while the database is away it goes on.
+
+        Args:
+            held: The trial.
+            at_each: Whether it may have been at any of the reports since this was last asked, or only at the last:
+                what was stored late must not spare a trial.
+        """
+        if held.unsent.reports or not held.unjudged or isinstance(self._study.pruner, optuna.pruners.NopPruner):
             return False
-        return self._patiently(lambda: self._study.pruner.prune(self._study, self._storage.optuna.get_trial(held.id)))
+
+        def judge() -> bool:
+            trial = self._storage.optuna.get_trial(held.id)
+            steps = held.unjudged if at_each else held.unjudged[-1:]
+            return any(self._study.pruner.prune(self._study, _up_to(trial, step)) for step in steps)
+
+        try:
+            is_worse = self._reach(judge)
+        except DatabaseAwayError:
+            return False
+        held.unjudged.clear()
+        return is_worse
 
     def resumed(self, held: Held) -> None:
         """Note where the trial really goes on: an unusable checkpoint must not hide that later ones advance.
 
         Raises:
-            LeaseLostError: Another worker holds the trial now.
+            LeaseLostError: The trial is not ours any more.
         """
+        held.unsent.resumed = held.epoch
+        self._send(held)
 
-        def store() -> None:
-            with self._storage.transaction() as connection:
-                self._require(connection, held)
-                connection.execute(RESUMED, {"trial_id": held.id, "token": held.token, "epoch": held.epoch})
+    def require(self, held: Held) -> None:
+        """Make sure that the trial is still ours, before a file of it is written; if the database is away, believe so.
 
-        self._patiently(store)
+        Raises:
+            LeaseLostError: The trial is not ours any more.
+        """
+        if held.is_lost:
+            self._lose(held, "another worker took it while this one was out of touch")
+        self._send(held)
 
     def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
         """Note that a checkpoint at `epoch` is stored, with the curve up to it; while the database is away, later.
 
         Raises:
-            LeaseLostError: Another worker holds the trial now.
+            LeaseLostError: The trial is not ours any more.
         """
         held.unsent.checkpoint = epoch, json.dumps(curve)
         self._send(held)
@@ -205,7 +219,8 @@ class Leases:
             curve: Its columns.
 
         Raises:
-            LeaseLostError: Another worker holds the trial now; nothing was changed.
+            DatabaseAwayError: The database is out of reach; to be told again.
+            LeaseLostError: The trial is not ours any more; nothing was changed.
         """
 
         def store() -> None:
@@ -217,45 +232,17 @@ class Leases:
                     self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
                 for key, attr in (shown or {}).items():
                     self._storage.optuna.set_trial_system_attr(held.id, key, attr)
-                self._finish(
-                    connection, held.trial, state=state, value=value, attrs=attrs, token=held.token, epoch=held.epoch
-                )
+                finish(self._storage, held.id, state=state, value=value, attrs=attrs)
+                connection.execute(FINISH, {"trial_id": held.id, "token": held.token, "epoch": held.epoch})
                 if curve is not None:
                     connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": json.dumps(curve)})
 
-        self._patiently(store)
+        self._reach(store)
         self._held.pop(held.id, None)
-        self._notes[held.id] = trial_note(state.name.lower(), attrs)
-
-    def _send(self, held: Held) -> None:
-        """Store what is not stored yet, if the database is there; training does not wait for it."""
-        if time.monotonic() < self._away_until:
-            return
-
-        def store() -> None:
-            with self._storage.transaction() as connection:
-                self._require(connection, held)
-                self._store_unsent(connection, held)
-
-        try:
-            self._storage.retrying(store, patience_s=BLINK_S)
-        except DatabaseAwayError:
-            self._away_until = time.monotonic() + AWAY_PAUSE_S
-            return
-        held.reported = max((held.reported, *held.unsent.reports))
-        held.unsent = _Unsent()
-
-    def _store_unsent(self, connection: sa.Connection, held: Held) -> None:
-        for step, value in sorted(held.unsent.reports.items()):
-            # Not by held.trial.report: that one remembers what was rolled back, and would not store it again.
-            self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
-        if held.unsent.checkpoint is not None:
-            epoch, curve = held.unsent.checkpoint
-            connection.execute(CHECKPOINTED, {"trial_id": held.id, "epoch": epoch})
-            connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": curve})
+        self._notes[held.id] = trial_note(state.name.lower(), {**held.trial.user_attrs, **attrs})
 
     def release(self, held: Held, *, reason: str, is_forgiven: bool = True) -> None:
-        """Let go of a trial, so that the next claim adopts it.
+        """Let go of a trial, so that the next claim adopts it; while the database is away, the lease runs out.
 
         Args:
             held: The trial.
@@ -269,16 +256,14 @@ class Leases:
             with self._storage.transaction() as connection:
                 connection.execute(RELEASE, values)
 
-        try:
-            self._storage.retrying(store, patience_s=5.0)
-        except StorageError:
-            return  # the lease runs out by itself
+        with suppress(StorageError):
+            self._reach(store)
 
     def keep_notes(self) -> None:
         """Store the notes of told trials that no claim has stored since.
 
         Raises:
-            StorageError: The database stayed out of reach.
+            StorageError: The database is out of reach.
         """
 
         def store() -> None:
@@ -287,148 +272,110 @@ class Leases:
                     self._store_notes(connection)
 
         if self._notes:
-            self._storage.retrying(store, patience_s=5.0)
+            self._reach(store)
             self._notes.clear()
 
-    def ranking(self, *, most: int) -> list[int]:
-        """Return the numbers of the best complete trials, best first."""
+    def standing(self, *, most: int) -> Standing:
+        """Return how many trials have ended, and the best of them.
+
+        Args:
+            most: How many of the best at most.
+
+        Raises:
+            DatabaseAwayError: The database is out of reach.
+        """
+        of_study = {"study_id": self._study_id}
+
+        def read() -> Standing:
+            with self._storage.engine.connect() as connection:
+                ranking = connection.execute(RANKING, of_study | {"most": most}).scalars()
+                return Standing(connection.execute(FINISHED, of_study).scalar_one(), list(ranking))
+
+        return self._reach(read)
+
+    def finished(self) -> list[int]:
+        """Return the numbers of all trials that have ended.
+
+        Raises:
+            DatabaseAwayError: The database is out of reach.
+        """
 
         def read() -> list[int]:
             with self._storage.engine.connect() as connection:
-                return list(connection.execute(RANKING, {"study_id": self._study_id, "most": most}).scalars())
+                return list(connection.execute(FINISHED_NUMBERS, {"study_id": self._study_id}).scalars())
 
-        return self._patiently(read)
+        return self._reach(read)
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        return self._storage.retrying(action, patience_s=PATIENCE_S, is_stopping=self._is_stopping)
+    def _reach(self, action: Callable[[], T], *, answer_s: float | None = None) -> T:
+        """Do something in the database, or raise at once if it was away a moment ago."""
+        began = time.monotonic()
+        if began < self._look_again_at:
+            raise DatabaseAwayError(self.away_because)
+        try:
+            with answers_within(SHORT_ANSWER_S if answer_s is None else answer_s):
+                result = self._storage.retrying(action, patience_s=BLINK_S)
+        except DatabaseAwayError as error:
+            now = time.monotonic()
+            self.away_because = str(error)
+            self.away_since = began if self.away_since is None else self.away_since
+            # A look that has to wait for its failure must not take most of the time.
+            self._look_again_at = now + min(max(AWAY_PAUSE_S, 5 * (now - began)), LONGEST_PAUSE_S)
+            raise
+        self.away_since = None
+        return result
 
-    def _claim(self) -> Held | Literal["spent", "busy"]:
-        self._storage.get_to_know(self._study_id)
-        with self._storage.transaction() as connection:
-            n_trials = self._lock_study(connection)
-            self._store_notes(connection)
-            is_held_by_others = False
-            for row in connection.execute(RUNNING_TRIALS, {"study_id": self._study_id}).all():
-                if not self._is_orphan(row) or not self._is_still_orphan(connection, row):
-                    is_held_by_others = True
-                    continue
-                attempt = row.attempts + (not self._is_unanswered(row))
-                if attempt <= self._max_attempts:
-                    trial = optuna.trial.Trial(self._study, row.trial_id)
-                    return self._take(connection, trial, is_adopted=True, attempt=attempt)
-                self._give_up(connection, row)
-            counts = connection.execute(COUNTS, {"study_id": self._study_id}).one()
-            if not counts.enqueued and counts.numbers >= n_trials:
-                return "busy" if is_held_by_others else "spent"
-            with self._storage.reading_once():
-                trial = self._study.ask(fixed_distributions=dict(self._distributions))
-            return self._take(connection, trial, is_adopted=False, attempt=1)
+    def _send(self, held: Held) -> None:
+        """Store what is not stored yet, if the database is there; training does not wait for it."""
+
+        def store() -> None:
+            with self._storage.transaction() as connection:
+                self._require(connection, held)
+                self._store_unsent(connection, held)
+
+        with suppress(DatabaseAwayError):
+            self._reach(store)
+            steps = [step for step in sorted(held.unsent.reports) if step > held.reported]
+            held.unjudged += steps
+            held.reported = max((held.reported, *steps))
+            held.unsent = Unsent()
+
+    def _store_unsent(self, connection: sa.Connection, held: Held) -> None:
+        for step, value in sorted(held.unsent.reports.items()):
+            # Not by held.trial.report: that one remembers what was rolled back, and would not store it again.
+            self._storage.optuna.set_trial_intermediate_value(held.id, step, value)
+        if held.unsent.resumed is not None:
+            values = {"trial_id": held.id, "token": held.token, "epoch": held.unsent.resumed}
+            connection.execute(RESUMED, values)
+        if held.unsent.checkpoint is not None:
+            epoch, curve = held.unsent.checkpoint
+            connection.execute(CHECKPOINTED, {"trial_id": held.id, "epoch": epoch})
+            connection.execute(KEEP_CURVE, {"trial_id": held.id, "curve": curve})
 
     def _store_notes(self, connection: sa.Connection) -> None:
         for trial_id, note in self._notes.items():
             keep_note(connection, self._study_id, trial_id, note)
 
-    def _lock_study(self, connection: sa.Connection) -> int:
-        """Take the lock on the study's row, which Optuna takes too for every new number; return the budget."""
-        query = sa.text("""
-            SELECT a.value_json FROM studies s JOIN study_user_attributes a USING (study_id)
-            WHERE s.study_id = :study_id AND a.key = 'n_trials' FOR UPDATE OF s
-        """)
-        row = connection.execute(query, {"study_id": self._study_id}).first()
-        if row is None:
-            message = f"{self._study.study_name}: the study was deleted while this worker was at it."
-            raise StudyNotFoundError(message)
-        return int(json.loads(row.value_json))
-
-    def _is_orphan(self, row: Any) -> bool:
-        if row.worker == self._worker and row.token is not None:
-            return self._is_unanswered(row)
-        return row.token is None or row.is_expired or is_gone(row)
-
-    def _is_still_orphan(self, connection: sa.Connection, row: Any) -> bool:
-        """Lock an orphan's lease and look again: its worker may have been telling the trial at this very moment."""
-        of_trial = {"study_id": self._study_id, "trial_id": row.trial_id}
-        connection.execute(LOCK_LEASE, of_trial)
-        again = connection.execute(RUNNING_TRIAL, of_trial).first()
-        return again is not None and self._is_orphan(again)
-
-    def _is_unanswered(self, row: Any) -> bool:
-        """Whether we claimed a trial and do not know it: the connection was lost before the answer came."""
-        held = self._held.get(row.trial_id)
-        return row.worker == self._worker and row.token is not None and (held is None or held.token != row.token)
-
-    def _take(self, connection: sa.Connection, trial: optuna.Trial, *, is_adopted: bool, attempt: int) -> Held:
-        held = Held(trial, uuid.uuid4().hex, is_adopted, attempt)
-        values = {"trial_id": held.id, "study_id": self._study_id, "token": held.token, "worker": self._worker}
-        values |= vars(this_process()) | {
-            "device": self._device, "lease_s": self._lease_s, "attempt": attempt,
-        }  # fmt: skip
-        connection.execute(TAKE, values)
-        held.reported = self._last_step(held.id) if is_adopted else 0
-        return held
-
-    def _last_step(self, trial_id: int) -> int:
-        return max(self._storage.optuna.get_trial(trial_id).intermediate_values, default=0)
-
-    def _give_up(self, connection: sa.Connection, row: Any) -> None:
-        reason = (
-            f"{row.attempts} attempts in a row advanced no checkpoint; the last ended: {row.reason or 'worker gone'}"
-        )
-        trial, attrs = optuna.trial.Trial(self._study, row.trial_id), {"reason": reason}
-        self._finish(connection, trial, state=TrialState.FAIL, value=None, attrs=attrs, token=None, epoch=0)
-        keep_note(connection, self._study_id, row.trial_id, trial_note("fail", attrs))
-
     def _require(self, connection: sa.Connection, held: Held) -> Any:
         """Lock the lease's row, so that until the transaction ends nobody can take the trial; return the row."""
         row = connection.execute(HOLD, {"trial_id": held.id, "token": held.token}).first()
-        if row is None or not (row.is_held or row.is_told):
-            held.is_lost = True
-            self._held.pop(held.id, None)
-            message = f"trial {held.number}: another worker holds it now, so this worker lets go of it."
-            raise LeaseLostError(message)
+        if row is None:
+            self._lose(held, "it was deleted with its study")
+        elif not row.is_told and not row.is_running:
+            self._lose(held, "somebody else has finished it")
+        elif not row.is_told and not row.is_held:
+            self._lose(held, "another worker holds it now")
         return row
 
-    def _finish(
-        self,
-        connection: sa.Connection,
-        trial: optuna.Trial,
-        *,
-        state: TrialState,
-        value: float | None,
-        attrs: Mapping[str, Any],
-        token: str | None,
-        epoch: int,
-    ) -> None:
-        # Not by trial and study, which would read the whole trial again for each of these.
-        storage, trial_id = self._storage.optuna, trial._trial_id
-        for key, attr in attrs.items():
-            storage.set_trial_user_attr(trial_id, key, attr)
-        if state is TrialState.PRUNED and (reports := storage.get_trial(trial_id).intermediate_values):
-            value = reports[max(reports)]
-        storage.set_trial_state_values(trial_id, state, None if value is None else [value])
-        connection.execute(FINISH, {"trial_id": trial_id, "token": token, "epoch": epoch})
-
-    def _renew_until_stopped(self) -> None:
-        pause_s = self._lease_s / 6
-        while not self._stop.wait(pause_s):
-            try:
-                self._renew()
-                pause_s = self._lease_s / 6
-            except Exception as error:
-                if not is_lost_connection(error):
-                    raise
-                pause_s = min(self._lease_s / 30, 5.0)
-
-    def _renew(self) -> None:
-        with self._storage.engine.begin() as connection:
-            for held in list(self._held.values()):
-                values = {"trial_id": held.id, "token": held.token, "epoch": held.epoch, "lease_s": self._lease_s}
-                if connection.execute(RENEW, values).rowcount == 0:
-                    held.is_lost = held.id in self._held  # not ours any more, unless it was finished just now
+    def _lose(self, held: Held, why: str) -> None:
+        held.is_lost = True
+        self._held.pop(held.id, None)
+        message = f"trial {held.number}: {why}, so this worker lets go of it."
+        raise LeaseLostError(message)
 
 
-def keep_note(connection: sa.Connection, study_id: int, trial_id: int, note: str) -> None:
-    """Store what the dashboard shows of a trial in words, unless somebody wrote something there."""
-    attrs = {key: json.dumps(attr) for key, attr in note_attrs(trial_id, note).items()}
-    values = {"keys": list(attrs), "values": list(attrs.values()), "version_key": note_version_key(trial_id)}
-    connection.execute(KEEP_NOTE, values | {"study_id": study_id})
+def _up_to(trial: FrozenTrial, step: int) -> FrozenTrial:
+    """Return a trial as it was when it had reported a step."""
+    earlier = copy.copy(trial)
+    reports: Iterable[tuple[int, float]] = trial.intermediate_values.items()
+    earlier.intermediate_values = {each: value for each, value in reports if each <= step}
+    return earlier

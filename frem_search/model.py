@@ -11,10 +11,11 @@ from typing import Any
 
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
-from frem_search.errors import ArtifactError, FremSearchError, StudyFileError, UsageError
+from frem_search.errors import ArtifactError, DeviceMemoryError, FremSearchError, StudyFileError, UsageError
 from frem_search.files import write_atomically
-from frem_search.objective import WEIGHTS, Objective, Outcome, place
+from frem_search.objective import Objective, Outcome
 from frem_search.parameters import check
+from frem_search.results import WEIGHTS, place
 from frem_search.space import Fixed, Param, Range, resolve, searched
 from frem_search.study_file import StudyFile
 from frem_search.training.device import best_precision, find_device
@@ -113,6 +114,7 @@ def train(
 
     Raises:
         FremSearchError: The loss was no number.
+        DeviceError: The device failed, or has no memory left.
     """
     chosen = find_device(device)
     precision = best_precision(chosen) if settled.precision == "auto" else settled.precision
@@ -135,6 +137,9 @@ def train(
             for fold in folds
         }
         return Trained(weights, outcome, objective.provenance(0))
+    except DeviceMemoryError as error:
+        message = f"{error} {error.remedy}"
+        raise DeviceMemoryError(message) from None
     finally:
         artifacts.remove_all()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from frem_search.errors import StudyNotFoundError
+from frem_search.errors import StudyNotFoundError, did_you_mean
 from frem_search.processes import is_gone
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class TrialRecord:
             bottleneck, skip, enhanced_sum, other_sum, seconds.
         epoch: How far the training is, as of the last sign of life.
         worker: Who holds it, or held it last.
-        reason: Why it was pruned, failed or let go of.
+        reason: Why it was pruned, failed or let go of, or that nothing is heard of its worker.
+        attempts: How many in a row, the present one included, have stored no further checkpoint; stops do not count.
+        total_attempts: How often a worker took it.
     """
 
     number: int
@@ -45,6 +47,8 @@ class TrialRecord:
     epoch: int = 0
     worker: str = ""
     reason: str = ""
+    attempts: int = 0
+    total_attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,13 @@ class StudyRecord:
     @property
     def n_epochs(self) -> int:
         """Epochs of a trial: of all its folds together if they are trained one after another."""
-        in_sequence = self.contract.get("pruner", {}).get("name") == "wilcoxon"
         n_epochs: int = self.contract["n_epochs"]
-        return n_epochs * self.contract["n_folds"] if in_sequence else n_epochs
+        return n_epochs * self.contract["n_folds"] if _is_pruned_by_fold(self.contract) else n_epochs
+
+    @property
+    def n_finished(self) -> int:
+        """How many trials have come to an end, whatever it was."""
+        return sum(trial.state in ("complete", "pruned", "fail") for trial in self.trials)
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:
@@ -100,9 +108,7 @@ class StudyRecord:
         return tuple(name for name, entry in self.contract.get("space", {}).items() if "value" not in entry)
 
 
-def read_record(
-    storage: "Storage", name: str, *, has_curves: bool = True, patience_s: float = 10.0
-) -> StudyRecord:
+def read_record(storage: "Storage", name: str, *, has_curves: bool = True, patience_s: float = 10.0) -> StudyRecord:
     """Return a stored study as it is now.
 
     Args:
@@ -139,8 +145,12 @@ def _read(storage: "Storage", name: str, *, has_curves: bool) -> StudyRecord:
             {row.trial_id: row.curve for row in connection.execute(sa.text(CURVES), of_study)} if has_curves else {}
         )
         stored = study.get_trials(deepcopy=False)
-    trials = (_trial_record(t, leases.get(t._trial_id), curves.get(t._trial_id, {})) for t in stored)
     contract = dict(attrs["contract"])
+    by_epoch = not _is_pruned_by_fold(contract)
+    trials = (
+        _trial_record(t, leases.get(t._trial_id), curves.get(t._trial_id, {}), reports_by_epoch=by_epoch)
+        for t in stored
+    )
     return StudyRecord(
         name=name,
         title=attrs["title"],
@@ -155,26 +165,30 @@ def _read(storage: "Storage", name: str, *, has_curves: bool) -> StudyRecord:
     )
 
 
-def _trial_record(trial: "FrozenTrial", lease: Any, curve: Mapping[str, list[Any]]) -> TrialRecord:
-    is_held = lease is not None and lease.is_held and not is_gone(lease)
+def _trial_record(
+    trial: "FrozenTrial", lease: Any, curve: Mapping[str, list[Any]], *, reports_by_epoch: bool
+) -> TrialRecord:
+    state = _state(trial.state.name, lease)
     return TrialRecord(
         number=trial.number,
-        state=_state(trial.state.name, is_held=is_held),
+        state=state,
         value=trial.value,
         params=dict(trial.params),
         user_attrs=dict(trial.user_attrs),
         started=trial.datetime_start,
         finished=trial.datetime_complete,
         curve=curve,
-        epoch=lease.epoch if lease else 0,
+        epoch=_epoch(trial, lease, has_reports=reports_by_epoch and state == "running") if lease else 0,
         worker=f"{lease.host}:{lease.pid} {lease.device}" if lease else "",
-        reason=trial.user_attrs.get("reason") or (lease.reason if lease else "") or "",
+        reason=trial.user_attrs.get("reason") or (_why_waiting(lease) if state == "waiting" else ""),
+        attempts=lease.attempts if lease else 0,
+        total_attempts=lease.total_attempts if lease else 0,
     )
 
 
 LEASES = """
-    SELECT trial_id, token IS NOT NULL AND expires_at >= now() AS is_held, epoch, host, pid, device, reason, boot_id,
-           pid_namespace, pid_started
+    SELECT trial_id, token IS NOT NULL AS is_held, expires_at < now() AS is_expired, epoch, attempts, total_attempts,
+           reason, device, host, pid, boot_id, pid_namespace, pid_started
     FROM frem_lease WHERE study_id = :study_id
 """
 CURVES = "SELECT trial_id, curve FROM frem_curve JOIN trials USING (trial_id) WHERE study_id = :study_id"
@@ -184,15 +198,40 @@ def not_found(storage: "Storage", name: str) -> StudyNotFoundError:
     """Return the error for a study that the storage does not hold, with the names that it holds."""
     import optuna
 
-    known = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
+    known = optuna.get_all_study_names(storage.optuna)
     return StudyNotFoundError(
-        f"{name}: no such study in {storage.label}, which holds: {known}. Start it with `frem-search run`, or give "
-        "--quick, --dataset or --storage as it was started with."
+        f"{name}: no such study in the storage ({storage.label}).{did_you_mean(name, known)} Start it with "
+        "`frem-search run`, or give --quick, --dataset or --storage as it was started with; `frem-search study list "
+        "--stored` shows what is there."
     )
 
 
-def _state(state: str, *, is_held: bool) -> str:
+def _state(state: str, lease: Any) -> str:
     """Return our word for Optuna's state: a RUNNING trial that nobody holds is waiting for a worker."""
     if state == "RUNNING":
+        is_held = lease is not None and lease.is_held and not lease.is_expired and not is_gone(lease)
         return "running" if is_held else "waiting"
     return "enqueued" if state == "WAITING" else state.lower()
+
+
+def _epoch(trial: "FrozenTrial", lease: Any, *, has_reports: bool) -> int:
+    """Return how far a trial is; in training a lease tells that when it is renewed, and a report at once.
+
+    A trial that was adopted may have reports from behind the checkpoint that it goes on from.
+    """
+    epoch: int = lease.epoch
+    return max((epoch, *trial.intermediate_values)) if has_reports and lease.total_attempts == 1 else epoch
+
+
+def _why_waiting(lease: Any) -> str:
+    if lease is None:
+        return "begun by another program"
+    if lease.reason or not lease.is_held:
+        return lease.reason or ""
+    # Only of a process of this machine it is known; another one may be stopped, or out of the database's reach.
+    return "its worker is gone" if is_gone(lease) else "no sign of life from its worker"
+
+
+def _is_pruned_by_fold(contract: Mapping[str, Any]) -> bool:
+    """Whether the folds of a trial are trained one after another, and its reports are of images."""
+    return bool(contract.get("pruner", {}).get("name") == "wilcoxon")

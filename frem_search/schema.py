@@ -44,6 +44,12 @@ STEPS: tuple[str, ...] = (FIRST,)
 
 STORED = "SELECT to_regclass('alembic_version'), to_regclass('frem_schema')"
 MAY_CREATE = "SELECT current_user, current_schema(), coalesce(has_schema_privilege(current_schema(), 'CREATE'), false)"
+MAY_READ = "SELECT coalesce(has_table_privilege(to_regclass('frem_schema'), 'SELECT'), true)"
+OURS = "^(studies|trials|(study|trial)_.+|alembic_version|version_info|frem_(lease|curve|schema))$"
+OTHER_OWNERS = f"""
+    SELECT string_agg(DISTINCT relowner::regrole::text, ' and ') FROM pg_class
+    WHERE relkind = 'r' AND relname ~ '{OURS}' AND pg_table_is_visible(oid) AND NOT pg_has_role(relowner, 'USAGE')
+"""
 
 
 def prepare(engine: sa.Engine, open_optuna: Callable[..., RDBStorage], *, label: str, upgrades: bool = False) -> None:
@@ -61,13 +67,16 @@ def prepare(engine: sa.Engine, open_optuna: Callable[..., RDBStorage], *, label:
         StorageError: The tables are missing or of another version, and nothing was changed.
     """
     with engine.connect() as connection:
-        if _is_current(connection, label=label, refuses_older=not upgrades) and not upgrades:
+        is_current = is_prepared(connection, label=label, refuses_older=not upgrades)
+        if is_current and (not upgrades or _is_optuna_current(open_optuna)):
             return
-        _require_rights(connection, label)
+        if stored_version(connection) == 0:
+            _require_rights(connection, label)
+        require_owner(connection, label=label)
         with _locked(connection):
             _prepare_optuna(connection, open_optuna, label=label, upgrades=upgrades)
             # Looked at again: another process may have made them while this one waited for the lock.
-            _is_current(connection, label=label, refuses_older=not upgrades)
+            is_prepared(connection, label=label, refuses_older=not upgrades)
             stored = stored_version(connection)
             for number, step in enumerate(STEPS[stored:], start=stored + 1):
                 connection.execute(sa.text(step))
@@ -83,12 +92,58 @@ def require(engine: sa.Engine, *, label: str) -> None:
         StorageError: They are missing or of another version.
     """
     with engine.connect() as connection:
-        if not _is_current(connection, label=label, refuses_older=True):
+        if not is_prepared(connection, label=label):
             message = (
                 f"storage {label}: expected the tables of a search, but got a database without them. Begin one with "
                 "`frem-search run`, or give --storage as it was started with."
             )
             raise StorageError(message)
+
+
+def require_owner(connection: sa.Connection, *, label: str) -> None:
+    """Make sure that nobody else owns the tables: PostgreSQL answers others who grant with a warning, and does nothing.
+
+    Raises:
+        StorageError: This role neither owns them nor belongs to a role that does.
+    """
+    owners = other_owners(connection)
+    if owners is None:
+        return
+    role, _, may_create = connection.execute(sa.text(MAY_CREATE)).one()
+    remedy = f"Run `frem-search db` as {owners}, and all else as frem_worker or frem_reader."
+    if may_create:  # such a role was to make them itself
+        remedy += (
+            f" Or have an administrator give each table to {role}: ALTER TABLE ... OWNER TO {role} "
+            "(docs/containers.md has the statement for all)."
+        )
+    message = f"storage {label}: role {role} does not own the tables; {owners} does. {remedy}"
+    raise StorageError(message)
+
+
+def other_owners(connection: sa.Connection) -> str | None:
+    """Return who owns the tables, if it is neither this role nor one that it belongs to."""
+    owners: str | None = connection.execute(sa.text(OTHER_OWNERS)).scalar()
+    return owners
+
+
+def is_prepared(connection: sa.Connection, *, label: str, refuses_older: bool = True) -> bool:
+    """Whether the tables are there in this program's version.
+
+    Args:
+        connection: To the database.
+        label: The database, without the password.
+        refuses_older: Whether older ones are an error, like newer ones.
+
+    Raises:
+        StorageError: They are of another version, or this role may not read which one.
+    """
+    if not connection.execute(sa.text(MAY_READ)).scalar():
+        require_owner(connection, label=label)
+    stored = stored_version(connection)
+    if stored > len(STEPS) or (0 < stored < len(STEPS) and refuses_older):
+        got, expected = f"tables of version {stored}", f"version {len(STEPS)}"
+        raise StorageError(_other_version(label, got, expected, is_older=stored < len(STEPS)))
+    return stored == len(STEPS)
 
 
 def stored_version(connection: sa.Connection) -> int:
@@ -110,12 +165,12 @@ def refuse_other_optuna(backend: RDBStorage, *, label: str) -> None:
         raise StorageError(_other_version(label, f"Optuna's tables {stored}", head, is_older=is_older))
 
 
-def _is_current(connection: sa.Connection, *, label: str, refuses_older: bool) -> bool:
-    stored = stored_version(connection)
-    if stored > len(STEPS) or (0 < stored < len(STEPS) and refuses_older):
-        got, expected = f"tables of version {stored}", f"version {len(STEPS)}"
-        raise StorageError(_other_version(label, got, expected, is_older=stored < len(STEPS)))
-    return stored == len(STEPS)
+def _is_optuna_current(open_optuna: Callable[..., RDBStorage]) -> bool:
+    backend = open_optuna(skip_compatibility_check=True, skip_table_creation=True)
+    try:
+        return backend.get_current_version() == backend.get_head_version()
+    finally:
+        backend.engine.dispose()
 
 
 def _other_version(label: str, got: str, expected: str, *, is_older: bool) -> str:

@@ -17,12 +17,12 @@ from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.data.folds import Split
 from frem_search.data.orientations import N_ORIENTATIONS
-from frem_search.errors import FremSearchError
+from frem_search.errors import DeviceMemoryError, FremSearchError
 from frem_search.objective import Objective
 from frem_search.parameters import TrainingParams, split_params
 from frem_search.space import corners
 from frem_search.study_file import StudyFile
-from frem_search.training.device import cpu_threads
+from frem_search.training.device import cpu_threads, device_errors
 from frem_search.training.layouts import ALONE
 from frem_search.training.member import EpochReport
 
@@ -137,13 +137,16 @@ def measured_by(train: Callable[..., Speed], trainee: Trainee, arrangement: Arra
                 if n == 1
                 else do_abreast(train, trainee, each, seconds, n=n)
             )
+    except DeviceMemoryError as error:
+        return Speed(arrangement, 0.0, error=f"{error} {error.remedy}")
     except Exception as error:  # noqa: BLE001 what this machine's memory or libraries cannot run is not chosen
         says_all = n > 1 or isinstance(error, FremSearchError)
         return Speed(arrangement, 0.0, error=str(error) if says_all else f"{type(error).__name__}: {error}")
     finally:
         if trainee.device.type == "cuda":
             gc.collect()  # what failed may lie in a cycle, and what PyTorch keeps no other process could use
-            torch.cuda.empty_cache()
+            with device_errors(trainee.device):
+                torch.cuda.empty_cache()
     return Speed(arrangement, sum(speed.images_per_s for speed in speeds), max(speed.peak_memory for speed in speeds))
 
 

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
+from frem_search.leases import MAX_ATTEMPTS
 from frem_search.record import StudyRecord, TrialRecord
 
 STATES = ("complete", "pruned", "running", "waiting", "enqueued", "fail")
@@ -10,20 +11,33 @@ STATES = ("complete", "pruned", "running", "waiting", "enqueued", "fail")
 
 def status_json(record: StudyRecord) -> dict[str, Any]:
     """Return the object that `status --json` prints; its shape is frozen by a test."""
-    best = record.best
+    best, left = record.best, time_left(record)
     return {
         "study": record.name,
         "storage": record.storage,
         "dataset": record.dataset,
+        "score": record.score,
         "n_trials": record.n_trials,
+        "n_epochs": record.n_epochs,
         "states": {state: sum(trial.state == state for trial in record.trials) for state in STATES},
         "best": None if best is None else {"number": best.number, "value": best.value, "params": best.params},
-        "workers": [
-            {"worker": trial.worker, "trial": trial.number, "epoch": trial.epoch}
-            for trial in record.trials
-            if trial.state == "running"
-        ],
+        "workers": [{"worker": trial.worker, **_progress(trial)} for trial in _in_state(record, "running")],
+        "waiting": [{**_progress(trial), "reason": trial.reason} for trial in _in_state(record, "waiting")],
+        "time_left_s": None if left is None else left.total_seconds(),
     }
+
+
+def _progress(trial: TrialRecord) -> dict[str, int]:
+    return {
+        "trial": trial.number,
+        "epoch": trial.epoch,
+        "attempts": trial.attempts,
+        "total_attempts": trial.total_attempts,
+    }
+
+
+def _in_state(record: StudyRecord, *states: str) -> list[TrialRecord]:
+    return [trial for trial in record.trials if trial.state in states]
 
 
 def trials_json(record: StudyRecord) -> list[dict[str, Any]]:
@@ -38,6 +52,8 @@ def trials_json(record: StudyRecord) -> list[dict[str, Any]]:
             "started": trial.started.isoformat() if trial.started else None,
             "finished": trial.finished.isoformat() if trial.finished else None,
             "epoch": trial.epoch,
+            "attempts": trial.attempts,
+            "total_attempts": trial.total_attempts,
             "reason": trial.reason,
         }
         for trial in record.trials
@@ -45,43 +61,58 @@ def trials_json(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def time_left(record: StudyRecord) -> timedelta | None:
-    """Return about how long the rest of the budget takes, judged by the pace of the finished trials."""
+    """Return about how long the rest of the budget takes, judged by the pace of the finished trials.
+
+    As many train side by side as do now, or one after another if none does.
+    """
     seconds = [trial.user_attrs["provenance"]["seconds"] for trial in record.trials if "provenance" in trial.user_attrs]
     if not seconds:
         return None
-    finished = sum(trial.state in ("complete", "pruned", "fail") for trial in record.trials)
-    side_by_side = max(1, sum(trial.state == "running" for trial in record.trials))
-    return timedelta(seconds=round(sum(seconds) / len(seconds) * max(record.n_trials - finished, 0) / side_by_side))
+    side_by_side = max(1, len(_in_state(record, "running")))
+    n_left = max(record.n_trials - record.n_finished, 0)
+    return timedelta(seconds=round(sum(seconds) / len(seconds) * n_left / side_by_side))
+
+
+def count_line(record: StudyRecord) -> str:
+    """Return how much of the budget is spent, in a line."""
+    return f"{record.n_finished} of {record.n_trials} trials finished"
+
+
+def end_line(record: StudyRecord) -> str:
+    """Return how a worker's work ended, in a line."""
+    return f"{'budget spent' if record.n_finished >= record.n_trials else 'stopped'}: {count_line(record)}"
 
 
 def status_lines(record: StudyRecord) -> list[str]:
     """Return what `status` prints."""
-    states = status_json(record)["states"]
-    finished = states["complete"] + states["pruned"] + states["fail"]
-    counts = ", ".join(f"{n} {state}" for state, n in states.items() if n)
+    counts = ", ".join(f"{n} {state}" for state, n in status_json(record)["states"].items() if n)
     lines = [
         f"{record.name}: {record.title}",
         f"  dataset   {record.dataset}",
         f"  storage   {record.storage}",
-        f"  trials    {finished} of {record.n_trials} finished" + (f": {counts}" if counts else ""),
+        f"  trials    {record.n_finished} of {record.n_trials} finished" + (f": {counts}" if counts else ""),
     ]
     if record.best is not None:
         lines.append(f"  best      {describe_trial(record.best, record.score)}")
-    lines += [
-        f"  training  trial {trial.number}, epoch {trial.epoch} of {record.n_epochs}, on {trial.worker}"
-        for trial in record.trials
-        if trial.state == "running"
-    ]
-    lines += [
-        f"  {trial.state:8}  trial {trial.number}, epoch {trial.epoch}: "
-        + (one_line(trial.reason) or "its worker is gone")
-        for trial in record.trials
-        if trial.state in ("waiting", "fail")
-    ]
+    running = _in_state(record, "running")
+    lines += [_training_line(trial, record.n_epochs) for trial in running]
+    lines += [_idle_line(trial) for trial in _in_state(record, "waiting", "fail")]
     left = time_left(record)
-    if left is not None and finished < record.n_trials:
-        lines.append(f"  time left about {left}")
+    if left is not None and record.n_finished < record.n_trials:
+        lines.append(f"  time left about {left}" + ("" if running else " with one worker"))
     return lines
+
+
+def _training_line(trial: TrialRecord, n_epochs: int) -> str:
+    again = f", attempt {trial.attempts} of {MAX_ATTEMPTS}" if trial.attempts > 1 else ""
+    return f"  training  trial {trial.number}, epoch {trial.epoch} of {n_epochs}, on {trial.worker}{again}"
+
+
+def _idle_line(trial: TrialRecord) -> str:
+    is_counted = trial.attempts and trial.state == "waiting"
+    spent = f", {trial.attempts} of {MAX_ATTEMPTS} attempts spent" if is_counted else ""
+    why = f": {one_line(trial.reason)}" if trial.reason else ""
+    return f"  {trial.state:8}  trial {trial.number}, epoch {trial.epoch}{spent}{why}"
 
 
 def describe_trial(trial: TrialRecord, score: str) -> str:

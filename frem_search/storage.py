@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
@@ -17,8 +18,9 @@ from sqlalchemy import exc, orm
 
 from frem_search import schema
 from frem_search.database_url import normalise_url, with_password
-from frem_search.embedded import embedded_postgres
+from frem_search.embedded import embedded_postgres, folder
 from frem_search.errors import DatabaseAwayError, StorageError
+from frem_search.watchdog import WatchedConnection, WatchedCursor, patience
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 States = Container[TrialState]
 
-REFUSALS = ("42501", "25006")  # PostgreSQL's codes for a lack of rights, and for a role that only reads
+READ_ONLY = "25006"  # PostgreSQL's code for writing in a transaction that may only read
+REFUSALS = ("42501", READ_ONLY)  # the first for a lack of rights
+FULL = "53100"
+BUSY = ("40P01", "55P03", "57014", "25P03")  # deadlock, lock_timeout, statement_timeout, idle in a transaction
 
 # A connection that hangs in the middle of a transaction holds up every claim, so the server ends it; clock and
 # isolation level must not depend on the role or on PGTZ: see docs/decisions.md.
@@ -51,18 +56,28 @@ def is_lost_connection(error: BaseException | None) -> bool:
     return False
 
 
+def code_of(error: BaseException | None) -> str | None:
+    """Return the server's code for an error, if it has one."""
+    while error is not None:
+        if code := getattr(getattr(error, "orig", error), "pgcode", None):
+            return str(code)
+        error = error.__cause__
+    return None
+
+
 def is_refused(error: BaseException | None) -> bool:
     """Whether an error means that the role may not do what was asked for."""
-    while error is not None:
-        if getattr(getattr(error, "orig", error), "pgcode", None) in REFUSALS:
-            return True
-        error = error.__cause__
-    return False
+    return code_of(error) in REFUSALS
 
 
 @contextmanager
 def open_storage(
-    url: str | None = None, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+    url: str | None = None,
+    *,
+    upgrades: bool = False,
+    is_read_only: bool = False,
+    makes_tables: bool = True,
+    n_connections: int = 2,
 ) -> "Iterator[Storage]":
     """Open the database of a URL, or the embedded one.
 
@@ -70,16 +85,24 @@ def open_storage(
         url: A PostgreSQL URL; without it FREM_SEARCH_STORAGE, without that the embedded PostgreSQL.
         upgrades: As `Storage` takes it.
         is_read_only: As `Storage` takes it.
+        makes_tables: As `Storage` takes it.
         n_connections: As `Storage` takes it.
 
     Raises:
         StorageError: It cannot be reached or refuses.
-        UsageError: FREM_SEARCH_PASSWORD_FILE cannot be read.
+        UsageError: It is no PostgreSQL URL, or FREM_SEARCH_PASSWORD_FILE cannot be read.
     """
     given = url or os.environ.get("FREM_SEARCH_STORAGE")
     with ExitStack() as stack:
         address = with_password(normalise_url(given)) if given else stack.enter_context(embedded_postgres())
-        storage = Storage(address, upgrades=upgrades, is_read_only=is_read_only, n_connections=n_connections)
+        storage = Storage(
+            address,
+            label=None if given else f"embedded, in {folder()}",
+            upgrades=upgrades,
+            is_read_only=is_read_only,
+            makes_tables=makes_tables,
+            n_connections=n_connections,
+        )
         stack.callback(storage.close)
         yield storage
 
@@ -89,8 +112,11 @@ class Storage:
 
     Args:
         url: A PostgreSQL URL, with the password if there is one.
+        label: What messages call it; the URL without the password if that is None.
         upgrades: Whether tables of an older version are brought up to date, instead of refused.
         is_read_only: Whether nothing is written, not even tables that are missing: a role that may only read will do.
+        makes_tables: Whether tables that are missing are made; if not, `has_tables` says whether there are any, and
+            `optuna` is missing like them.
         n_connections: How many there may be at once: the worker's own, and one for the thread that renews its leases.
 
     Raises:
@@ -98,19 +124,29 @@ class Storage:
     """
 
     def __init__(
-        self, url: sa.URL, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+        self,
+        url: sa.URL,
+        *,
+        label: str | None = None,
+        upgrades: bool = False,
+        is_read_only: bool = False,
+        makes_tables: bool = True,
+        n_connections: int = 2,
     ) -> None:
         self._is_read_only, self._n_connections = is_read_only, n_connections
         self._known = set[int]()  # studies whose trials Optuna's cache holds
-        self.label = url.render_as_string(hide_password=True)
+        self.label = label or url.set(drivername="postgresql").render_as_string(hide_password=True)
         text = url.render_as_string(hide_password=False)
         self._optuna_url = text.replace("{", "{{").replace("}", "}}")  # RDBStorage fills {SCHEMA_VERSION} into its URL
         dialect = url.get_dialect()()
         self._connect_args = dialect.create_connect_args(url)[1]
         self.engine = sa.create_engine(url, **self._engine_settings())
         try:
-            self.prepare(upgrades=upgrades)
-            self._open_optuna()
+            if makes_tables:
+                self.prepare(upgrades=upgrades)
+            self.has_tables = makes_tables or self._finds_tables()
+            if self.has_tables:
+                self._open_optuna()
         except StorageError:
             self.engine.dispose()
             raise
@@ -133,6 +169,11 @@ class Storage:
             return
         schema.prepare(self.engine, self._rdb, label=self.label, upgrades=upgrades)
 
+    @property
+    def optuna_versions(self) -> list[str]:
+        """The versions of Optuna's tables that can be brought up to date, the current one among them."""
+        return self._backend.get_all_versions()
+
     def for_programs(self) -> tuple[str, dict[str, str]]:
         """Return the connection for PostgreSQL's own programs: an argument without the password, and environment."""
         settings = dict(self._connect_args)
@@ -149,8 +190,9 @@ class Storage:
         usual = backend.scoped_session
         try:
             with self.engine.begin() as connection:
-                sessions = orm.sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
-                backend.scoped_session = orm.scoped_session(sessions)
+                # Not a sessionmaker, which makes a class each time.
+                session = partial(orm.Session, bind=connection, join_transaction_mode="create_savepoint")
+                backend.scoped_session = orm.scoped_session(session)  # type: ignore[arg-type] # any maker will do
                 yield connection
         except BaseException:
             # Optuna's cache may hold rows that were rolled back.
@@ -190,15 +232,12 @@ class Storage:
             self.optuna.get_all_trials(study_id, deepcopy=False)
             self._known.add(study_id)
 
-    def retrying(
-        self, action: Callable[[], T], *, patience_s: float = 60.0, is_stopping: Callable[[], bool] = lambda: False
-    ) -> T:
+    def retrying(self, action: Callable[[], T], *, patience_s: float = 60.0) -> T:
         """Do something again until the database is there, with growing pauses.
 
         Args:
             action: What is done; a transaction, so that it is done once.
             patience_s: For how long the database is waited for.
-            is_stopping: Once it says yes, it is not waited for any longer.
 
         Raises:
             DatabaseAwayError: It was not there.
@@ -209,14 +248,23 @@ class Storage:
             try:
                 return action()
             except Exception as error:
-                if is_refused(error):
+                is_away = is_lost_connection(error) or (code_of(error) == READ_ONLY and self._is_standby())
+                if is_refused(error) and not is_away:
                     raise StorageError(self._explain(error)) from None
-                if not is_lost_connection(error):
+                if not is_away:
                     raise
-                if time.monotonic() > give_up_at or is_stopping():
+                if time.monotonic() > give_up_at:
                     raise DatabaseAwayError(self._explain(error)) from None
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 5.0)
+
+    def _is_standby(self) -> bool:
+        """Whether the server only reads because it is a copy that has not been promoted yet."""
+        try:
+            with self.engine.connect() as connection:
+                return bool(connection.execute(sa.text("SELECT pg_is_in_recovery()")).scalar())
+        except exc.SQLAlchemyError:
+            return True  # it goes down this very moment
 
     def _engine_settings(self) -> dict[str, Any]:
         return {
@@ -232,9 +280,11 @@ class Storage:
     def _connect(self) -> Any:
         connection = psycopg2.connect(
             **{
+                "connection_factory": WatchedConnection,
+                "cursor_factory": WatchedCursor,
                 "application_name": "frem-search",
                 "client_encoding": "utf8",  # a database of another encoding would refuse a name with an umlaut
-                "connect_timeout": 10,
+                "connect_timeout": round(min(max(patience(), 2.0), 10.0)),  # libpq takes no less than 2 s
                 "keepalives": 1,
                 "keepalives_idle": 30,
                 "keepalives_interval": 10,
@@ -252,6 +302,10 @@ class Storage:
 
     def _rdb(self, **settings: Any) -> RDBStorage:
         return RDBStorage(self._optuna_url, engine_kwargs=self._engine_settings(), **settings)
+
+    def _finds_tables(self) -> bool:
+        with self.engine.connect() as connection:
+            return schema.is_prepared(connection, label=self.label)
 
     def _open_optuna(self) -> None:
         backend = self._rdb(skip_table_creation=True, skip_compatibility_check=True)
@@ -275,6 +329,10 @@ class Storage:
         first = reason[0].rstrip(".") if reason else type(cause).__name__
         if is_refused(error):
             remedy = "Workers need the role frem_worker, and `frem-search db` the owner; `frem-search db init` grants."
+        elif code_of(error) == FULL:
+            remedy = "Free space on the server's disk."
+        elif code_of(error) in BUSY:
+            remedy = "The server is overloaded, or somebody holds a lock: look at pg_stat_activity."
         else:
             remedy = (
                 "Check that it runs, the URL, the role and its password, or leave --storage out to use the embedded "

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import optuna
 import sqlalchemy as sa
@@ -81,7 +81,21 @@ def list_stored(storage: "Storage") -> list[StoredStudy]:
     ]
 
 
-def delete_stored(storage: "Storage", name: str, *, artifacts: str, force: bool = False) -> str:
+class Removed(NamedTuple):
+    """Where the artifacts of a deleted study lay.
+
+    Args:
+        name: Of their folder.
+        url: The whole of it.
+        had_files: Whether there were any: the study may have been run with another place for them.
+    """
+
+    name: str
+    url: str
+    had_files: bool
+
+
+def delete_stored(storage: "Storage", name: str, *, artifacts: str, force: bool = False) -> Removed:
     """Remove a study: its trials, our rows beside them, its artifacts; return where the artifacts lay.
 
     Args:
@@ -96,7 +110,8 @@ def delete_stored(storage: "Storage", name: str, *, artifacts: str, force: bool 
         ArtifactError: The study is gone, but its artifacts cannot be removed.
     """
     uid = read_record(storage, name, has_curves=False).uid
-    folder = Artifacts(artifacts, artifacts_prefix(name, uid))
+    prefix = artifacts_prefix(name, uid)
+    folder = Artifacts(artifacts, prefix)
 
     def remove() -> None:
         with storage.transaction() as connection:
@@ -116,14 +131,14 @@ def delete_stored(storage: "Storage", name: str, *, artifacts: str, force: bool 
 
     storage.retrying(remove)
     try:
-        folder.remove_all()
+        had_files = folder.remove_all()
     except OSError as error:
         message = (
             f"{folder.url('')}: the study is deleted, but its artifacts cannot be removed: {error.strerror or error}. "
             "Remove the folder yourself."
         )
         raise ArtifactError(message) from None
-    return folder.url("")
+    return Removed(prefix, folder.url("").rstrip("/"), had_files)
 
 
 def _at_work(name: str, live: list[sa.Row[tuple[object, ...]]]) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError, ContractError, UsageError
-from frem_search.objective import WEIGHTS, place
 from frem_search.parameters import load_images
 from frem_search.record import StudyRecord, TrialRecord
+from frem_search.results import WEIGHTS, place
 from frem_search.space import resolve, searched, space_from_json
 from frem_search.study import artifacts_prefix
 from frem_search.study_file import Sampler, StudyFile

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from frem_search.errors import ContractError
+from frem_search.errors import ContractError, UsageError
 from frem_search.space import distributions, space_to_json
 from frem_search.study_file import StudyFile
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from frem_search.storage import Storage
 
 CONTRACT_VERSION = 1
+LARGEST_COHORT = 64  # trials side by side
 
 
 def make_contract(
@@ -149,6 +150,23 @@ def write_attrs(
     for key, value in attrs.items():
         study.set_user_attr(key, value)
     return attrs
+
+
+def parse_cohort(text: str) -> int | None:
+    """Read `--cohort`: a number, or None for `auto`.
+
+    Raises:
+        UsageError: It is neither.
+
+    >>> parse_cohort("auto"), parse_cohort("4")
+    (None, 4)
+    """
+    if text == "auto":
+        return None
+    if text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= LARGEST_COHORT:
+        return int(text)
+    message = f"--cohort: expected auto or a number of trials from 1 to {LARGEST_COHORT}, but got {text!r}."
+    raise UsageError(message)
 
 
 def keep_cohort(study: OpenStudy, chosen: Mapping[str, Any]) -> dict[str, Any]:

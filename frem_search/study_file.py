@@ -90,7 +90,7 @@ def find_study_file(study: str) -> Path:
         study: A name, or a path that ends in `.toml`.
 
     Raises:
-        StudyFileError: There is none, with the nearest names.
+        StudyFileError: There is none, with the nearest name.
     """
     if study.endswith(".toml"):
         path = Path(study)
@@ -101,8 +101,10 @@ def find_study_file(study: str) -> Path:
     known = {path.stem: path for path in list_study_files()}
     if study in known:
         return known[study]
-    names = ", ".join(known) or "none"
-    message = f"Unknown study {study!r}.{did_you_mean(study, known)} Known: {names}; or give the path of a .toml file."
+    message = (
+        f"Unknown study {study!r}.{did_you_mean(study, known)} `frem-search study list` shows those that can be named; "
+        "or give the path of a .toml file."
+    )
     raise StudyFileError(message)
 
 

@@ -89,7 +89,7 @@ def trial_note(state: str, attrs: Mapping[str, Any]) -> str:
 
     Args:
         state: How it ended: complete, pruned or fail.
-        attrs: Its user attributes: result, reason, provenance.
+        attrs: Its user attributes: result, reason, attempts, provenance.
     """
     lines = [f"**{_plain(state)}**"]
     if isinstance(result := attrs.get("result"), Mapping):
@@ -97,6 +97,9 @@ def trial_note(state: str, attrs: Mapping[str, Any]) -> str:
     if reason := attrs.get("reason"):
         # Indented, so that nothing in an error's message is taken for Markdown.
         lines += ["", *(f"    {line}" for line in str(reason).splitlines())]
+    if attempts := attrs.get("attempts"):
+        lines += ["", "Earlier attempts:", ""]
+        lines += [f"- {_plain('{worker}, to epoch {epoch}: {ended}'.format(**each))}" for each in attempts]
     if provenance := attrs.get("provenance"):
         lines += ["", *(f"- {_plain(name)}: {_plain(value)}" for name, value in provenance.items())]
     return "\n".join(lines)

@@ -299,7 +299,7 @@ class DoNothing:
         self.checkpoints = {} if checkpoints is None else checkpoints
         # Of folds in sequence, an epoch each: what its images score with a trial's parameters.
         self.image_scores = image_scores
-        self.members, self.params, self.discarded, self.n_trained = {}, {}, [], 0
+        self.members, self.params, self.discarded, self.swept, self.n_trained = {}, {}, [], [], 0
 
     def admit(self, number, params):
         epoch, curve = self.checkpoints.get(number, (0, {"epoch": [], "score": [], "best_score": []}))
@@ -311,6 +311,7 @@ class DoNothing:
             curve=curve,
             best_score=best,
             has_ended=False,
+            set_aside="",
             is_done=epoch >= self.n_epochs,
             in_sequence=self.image_scores is not None,
             image_scores=[score for done in range(epoch) for score in self.image_scores(params, done + 1)]
@@ -354,6 +355,9 @@ class DoNothing:
 
     def train_in_turn(self):
         return False
+
+    def sweep(self, finished):
+        self.swept.append(sorted(finished))
 
     def save_checkpoint(self, number):
         member = self.members[number]

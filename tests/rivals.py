@@ -12,7 +12,8 @@ import optuna
 from optuna.trial import TrialState
 from searches import SPACE
 
-from frem_search.leases import Held, Leases
+from frem_search.claims import Held
+from frem_search.leases import Leases
 from frem_search.space import distributions
 from frem_search.storage import open_storage
 from frem_search.study import make_contract, open_study

@@ -18,11 +18,11 @@ def make_search(storage, do_nothing):
     """Return what makes workers of a study "study": `search(n_trials=2, n_slots=3, ...)`, and `search.study`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def make(objective=None, *, n_trials=2, pruner="none", settings=None, lease=None, **of_worker):
+    def make(objective=None, *, n_trials=2, pruner="none", settings=None, lease=None, name="study", **of_worker):
         objective = objective or do_nothing()
         make.study = optuna.create_study(
             storage=storage.optuna,
-            study_name="study",
+            study_name=name,
             direction="maximize",
             sampler=make_sampler("tpe", space=SEARCHED, seed=0, n_startup_trials=4),
             pruner=make_pruner(pruner, settings or {}),
@@ -54,8 +54,11 @@ def leases(storage):
         return connection.execute(sa.text("SELECT * FROM frem_lease ORDER BY trial_id")).all()
 
 
-def raising(error):
-    def act(*_, **__):
-        raise error
+def raising(error, *, at=None):
+    """Return what raises; as `before_epoch`, before that one if one is given."""
+
+    def act(*args, **_):
+        if at is None or args[1] == at:
+            raise error
 
     return act

@@ -1,5 +1,6 @@
 """Artifacts: whole or not at all, on a folder and on a storage that is none, and told when the disk is full."""
 
+import errno
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ import pytest
 
 from frem_search.artifacts import Artifacts, artifacts_url
 from frem_search.errors import ArtifactError
+from frem_search.files import is_temporary
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -43,9 +45,54 @@ def test_removing_is_idempotent(artifacts):
 def test_what_is_set_aside_can_be_looked_at(artifacts):
     for content in (b"torn", b"torn again"):
         artifacts.write("0/checkpoint.pt", content)
-        artifacts.set_aside("0/checkpoint.pt")
+        assert artifacts.set_aside("0/checkpoint.pt") == artifacts.url("0/checkpoint.pt.unusable")
         assert artifacts.read("0/checkpoint.pt") is None
         assert artifacts.read("0/checkpoint.pt.unusable") == content
+
+
+def test_all_files_of_a_study_are_listed_by_name(artifacts):
+    assert artifacts.names() == []
+    names = ["0/weights.pt", "12/fold1/.weights.pt.0", "notes"]
+    for name in names:
+        artifacts.write(name, b"1")
+    assert sorted(artifacts.names()) == names
+    assert [artifacts.read(name) for name in artifacts.names()] == [b"1"] * 3
+
+
+def test_a_place_that_can_be_used_is_left_as_it_was(tmp_path):
+    Artifacts(str(tmp_path / "new"), "").check()
+    assert files_under(tmp_path) == []
+    Artifacts("memory://looked-at", "").check()
+    assert Artifacts("memory://looked-at", "").names() == []
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"), [("pipe_file", "written"), ("cat_file", "read"), ("rm_file", "cleared of a file")]
+)
+def test_a_place_that_cannot_be_used_is_told_by_its_own_name(monkeypatch, fails, says):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    artifacts = Artifacts("memory://bucket/prefix", "")
+    monkeypatch.setattr(artifacts._files, fails, refuse)
+    with pytest.raises(ArtifactError) as raised:
+        artifacts.check()
+    assert str(raised.value).startswith(f"memory:///bucket/prefix: cannot be {says}: Permission denied. Free space,")
+    monkeypatch.undo()
+    artifacts.remove_all()
+
+
+def test_a_folder_below_a_file_is_told_by_its_own_name(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match=rf"^{tmp_path}/file/artifacts: cannot be written: Not a directory\. "):
+        Artifacts(f"{tmp_path}/file/artifacts/", "").check()
+
+
+def test_a_place_that_gives_back_something_else_is_told(monkeypatch):
+    artifacts = Artifacts("memory://bucket/prefix", "")
+    monkeypatch.setattr(artifacts._files, "cat_file", lambda _: b"another")
+    with pytest.raises(ArtifactError, match=r"^memory:///bucket/prefix: what was written is not what is read\. Set "):
+        artifacts.check()
 
 
 def test_removing_a_study_leaves_the_others(tmp_path):
@@ -53,14 +100,15 @@ def test_removing_a_study_leaves_the_others(tmp_path):
         first, second = Artifacts(url, "study-1"), Artifacts(url, "study-2")
         first.write("0/weights.pt", b"1")
         second.write("0/weights.pt", b"2")
-        first.remove_all()
-        first.remove_all()
+        assert first.remove_all()
+        assert not first.remove_all()
         assert first.read("0/weights.pt") is None
         assert second.read("0/weights.pt") == b"2"
 
 
 def test_the_url_says_where_a_file_lies(tmp_path):
     assert Artifacts(str(tmp_path), "s").url("0/a") == f"{tmp_path}/s/0/a"
+    assert Artifacts(str(tmp_path), "").url("a") == f"{tmp_path}/a"
     assert Artifacts("memory://bucket/", "s").url("0/a") == "memory:///bucket/s/0/a"
 
 
@@ -127,6 +175,9 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path):
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         assert artifacts.read("0/a") in (b"old", b"new" * 1_000_000)
+    left = [name for name in artifacts.names() if name != "0/a"]
+    assert left, "the test needs a writer that is killed while it writes"
+    assert all(map(is_temporary, left))
 
 
 FILL = """

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -249,7 +250,8 @@ def test_a_variable_that_cannot_be_read_is_named(call):
 def test_an_unknown_study_is_2(call, command):
     args = ["--quick"] if command == "trials" else []
     told = call(command, "--study", "mouse_fram", *args)
-    assert_told(told, 2, "Unknown study 'mouse_fram'. Did you mean 'mouse_frem'? Known: ")
+    assert_told(told, 2, "Unknown study 'mouse_fram'. Did you mean 'mouse_frem'? `frem-search study list` shows")
+    assert len(told.stderr) < 200
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_the_mouse_images_are_asked_for_from_their_owners(call, storage_url):
 
 def test_an_unknown_dataset_is_told_with_the_nearest(call, tiny_study, storage_url):
     told = call("run", "--study", tiny_study, "--dataset", "mouse_syntetic", FREM_SEARCH_STORAGE=storage_url)
-    assert_told(told, 1, "Unknown dataset 'mouse_syntetic'. Did you mean 'mouse_synthetic'? Known: ")
+    assert_told(told, 2, "Unknown dataset 'mouse_syntetic'. Did you mean 'mouse_synthetic'? Known: ")
 
 
 @pytest.mark.parametrize("part", ["imagesTr/case03_0000.png", "labelsTr/case03.png"])
@@ -303,15 +305,27 @@ def test_a_fold_that_is_not_there_is_told(call, changed_study, storage_url, fold
 
 
 @pytest.mark.parametrize(
-    ("device", "says"),
+    ("device", "status", "says"),
     [
-        ("gpu", "--device: expected auto, cpu, cuda or cuda:N, but got 'gpu'."),
-        ("cuda:99", "--device cuda:99: this machine has "),
+        (["gpu"], 2, "--device: expected auto, cpu, cuda or cuda:N, but got 'gpu'."),
+        (["cpu:7"], 2, "--device: expected auto, cpu, cuda or cuda:N, but got 'cpu:7'."),
+        (
+            ["cpu,cpu,cpu", "--workers", 2],
+            2,
+            "--device: expected at most one for each of --workers 2, but got cpu, cpu",
+        ),
+        (["cuda:99"], 1, "--device cuda:99: this machine has "),
     ],
 )
-def test_a_device_that_is_not_here_is_1(call, tiny_study, storage_url, device, says):
-    told = call("run", "--study", tiny_study, "--device", device, FREM_SEARCH_STORAGE=storage_url)
-    assert_told(told, 1, says)
+def test_a_device_that_is_none_is_2_and_one_that_is_not_here_is_1(call, tiny_study, storage_url, device, status, says):
+    told = call("run", "--study", tiny_study, "--device", *device, FREM_SEARCH_STORAGE=storage_url)
+    assert_told(told, status, says)
+
+
+@pytest.mark.parametrize("command", ["run", "worker"])
+def test_a_cohort_that_is_none_is_refused_before_anything_is_opened(call, tiny_study, command):
+    told = call(command, "--study", tiny_study, "--cohort", "foo", "--storage", NOBODY)
+    assert_told(told, 2, "--cohort: expected auto or a number of trials from 1 to 64, but got 'foo'.")
 
 
 def test_an_unknown_format_is_2(call, tiny_study):
@@ -321,7 +335,7 @@ def test_an_unknown_format_is_2(call, tiny_study):
 
 def test_a_study_that_was_never_begun_is_1(call, tiny_study, storage_url):
     told = call("status", "--study", tiny_study, FREM_SEARCH_STORAGE=storage_url)
-    assert_told(told, 1, "tiny: no such study in ", ", which holds: none. Start it with `frem-search run`")
+    assert_told(told, 1, "tiny: no such study in the storage (postgresql://", "). Start it with `frem-search run`")
 
 
 # The database
@@ -330,14 +344,14 @@ def test_a_study_that_was_never_begun_is_1(call, tiny_study, storage_url):
 @pytest.mark.parametrize("command", ["run", "status", "trials", "figures"])
 def test_a_database_out_of_reach_is_1(call, tiny_study, command):
     told = call(command, "--study", tiny_study, "--storage", NOBODY)
-    assert_told(told, 1, "storage postgresql+psycopg2://me@127.0.0.1:1/db: the database cannot be reached or refuses: ")
+    assert_told(told, 1, "storage postgresql://me@127.0.0.1:1/db: the database cannot be reached or refuses: ")
     assert "Connection refused. Check that it runs, the URL, the role" in told.stderr
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://me:secret@h/db", "no url", "postgresql://me@h:port/db"])
-def test_a_storage_that_is_no_postgresql_is_told(call, tiny_study, url):
+def test_a_storage_that_is_no_postgresql_is_2(call, tiny_study, url):
     told = call("status", "--study", tiny_study, FREM_SEARCH_STORAGE=url)
-    assert_told(told, 1, "storage: expected ")
+    assert_told(told, 2, "storage: expected ")
     assert "secret" not in told.stderr
 
 
@@ -353,7 +367,7 @@ SECRETS = ["se{cret}", "s3cret@w0rd", "50%s3cret", "%zzs3cret", "s3cret%40w0rd",
 )
 def test_a_password_is_never_printed(call, tiny_study, url):
     told = call("status", "--study", tiny_study, FREM_SEARCH_STORAGE=url)
-    assert_told(told, 1, "storage")
+    assert_told(told, 2 if "storage: expected " in told.stderr else 1, "storage")
     for piece in ("cret", "w0rd", "SCHEMA", "%zz", "50%"):
         assert piece not in told.stderr
 
@@ -371,9 +385,15 @@ def test_a_password_on_the_command_line_is_refused(call, tiny_study, url):
 # A search
 
 
-STATUS_KEYS = ["study", "storage", "dataset", "n_trials", "states", "best", "workers"]
+STATUS_KEYS = [
+    "study", "storage", "dataset", "score", "n_trials", "n_epochs", "states", "best", "workers", "waiting",
+    "time_left_s",
+]  # fmt: skip
 STATES = ["complete", "pruned", "running", "waiting", "enqueued", "fail"]
-TRIAL_KEYS = ["number", "state", "value", "params", "user_attrs", "started", "finished", "epoch", "reason"]
+TRIAL_KEYS = [
+    "number", "state", "value", "params", "user_attrs", "started", "finished", "epoch", "attempts", "total_attempts",
+    "reason",
+]  # fmt: skip
 
 
 def test_a_search_from_its_first_call_to_its_tables(call, tiny_study, storage_url, monkeypatch):
@@ -381,22 +401,32 @@ def test_a_search_from_its_first_call_to_its_tables(call, tiny_study, storage_ur
     first = call("run", "--study", tiny_study, "--n-trials", "2", "--device", "cpu", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["states"]["complete"] == 2
-    told = first.stderr.splitlines()
+    begun, so_far, *told, end = first.stderr.splitlines()
+    assert re.fullmatch(r"tiny: dataset tiny, artifacts .*/artifacts/tiny-\w{8}, device cpu, 1 thread", begun)
+    assert so_far == "tiny: 0 of 2 trials finished"
     assert [line.partition(": mean_iou ")[0] for line in told] == ["[1/2] trial 0", "[2/2] trial 1"]
     assert told[0].endswith("  best so far")
+    assert end == "budget spent: 2 of 2 trials finished"
 
     again = call("run", "--study", tiny_study, "--n-trials", "2", "--device", "cpu")
-    assert (again.returncode, again.stderr) == (0, "")
+    assert (again.returncode, again.stderr.splitlines()) == (0, [begun, "tiny: 2 of 2 trials finished", end])
     assert "  trials    2 of 2 finished: 2 complete\n" in again.stdout
 
-    more = call("run", "--study", tiny_study, "--device", "cpu")
-    assert [line.partition(":")[0] for line in more.stderr.splitlines()] == ["[3/3] trial 2"]
+    more = call("worker", "--study", tiny_study, "--device", "cpu")
+    assert [line.partition(": mean_iou ")[0] for line in more.stderr.splitlines()] == [
+        begun,
+        "tiny: 2 of 3 trials finished",
+        "[3/3] trial 2",
+        "budget spent: 3 of 3 trials finished",
+    ]
+    assert (more.returncode, more.stdout) == (0, "")
 
     status = json.loads(call("status", "--study", tiny_study, "--json").stdout)
     assert list(status) == STATUS_KEYS
     assert list(status["states"]) == STATES
     assert list(status["best"]) == ["number", "value", "params"]
     assert (status["study"], status["dataset"], status["n_trials"], status["workers"]) == ("tiny", "tiny", 3, [])
+    assert (status["score"], status["n_epochs"], status["waiting"], status["time_left_s"]) == ("mean_iou", 3, [], 0.0)
 
     trials = json.loads(call("trials", "--study", tiny_study, "--format", "json").stdout)
     assert [list(trial) for trial in trials] == [TRIAL_KEYS] * 3
@@ -433,6 +463,9 @@ def test_artifacts_that_do_not_fit_the_disk_lose_no_trial(tiny_study, storage_ur
     run = subprocess.run(
         [*limited, "run", "--study", str(tiny_study)], env=environment, capture_output=True, text=True, check=False
     )
+    *begun, last = run.stderr.splitlines()
+    assert [line.partition(":")[0] for line in begun] == ["tiny", "tiny"]
+    run.stderr = f"{last}\n"
     assert_told(run, 1, "weights.pt: cannot be written (", "File too large. Free space", "set FREM_SEARCH_ARTIFACTS")
     assert [path for path in (home / "artifacts").rglob("*") if "weights" in path.name] == []
     status = call("status", "--study", tiny_study, "--json", FREM_SEARCH_STORAGE=storage_url)
@@ -451,12 +484,37 @@ def test_ctrl_c_lets_go_of_the_trial_with_its_checkpoint(start_cli, call, tiny_s
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "SIGINT: stopping after this epoch; once more to stop at once. No trial is lost." in err
-    assert "trial 0: released: stopped" in err
+    assert err.endswith("trial 0: released: stopped\nstopped: 0 of 3 trials finished\n")
     assert "Traceback" not in err
     assert "0 of 3 finished: 1 waiting" in out
     (trial,) = json.loads(call("trials", "--study", tiny_study, "--format", "json").stdout)
     assert (trial["number"], trial["state"], trial["reason"]) == (0, "waiting", "stopped")
     assert trial["epoch"] > 0
+
+
+def test_a_stop_while_the_database_is_away_is_a_stop(start_cli, call, tiny_study, tcp_server, tcp_database, tmp_path):
+    """What is not told any more is looked up later; its trials wait."""
+    url = tcp_server.url(database=tcp_database)
+    options = ["--study", tiny_study, "--n-epochs", 100_000, "--checkpoint-every", 0]
+    commands = [start_cli(command, *options, FREM_SEARCH_STORAGE=url) for command in ("run", "worker")]
+    give_up_at = time.monotonic() + 60
+    while time.monotonic() < give_up_at:
+        shown = call("status", "--study", tiny_study, "--json", FREM_SEARCH_STORAGE=url)
+        if shown.returncode == 0 and len(json.loads(shown.stdout)["workers"]) == 2:
+            break
+    tcp_server.stop()
+    try:
+        for command in commands:
+            command.send_signal(signal.SIGINT)
+        told = [command.communicate(timeout=60) for command in commands]
+    finally:
+        tcp_server.start()
+    assert [command.returncode for command in commands] == [130, 130]
+    for out, err in told:
+        assert out == ""
+        assert err.splitlines()[-1].startswith("stopped; storage postgresql://")
+    states = json.loads(call("status", "--study", tiny_study, "--json", FREM_SEARCH_STORAGE=url).stdout)["states"]
+    assert {state: n for state, n in states.items() if n} == {"waiting": 2}
 
 
 @pytest.mark.parametrize("command", [["status"], ["trials"], ["trials", "--format", "json"]])

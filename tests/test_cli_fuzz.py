@@ -227,7 +227,7 @@ def world(tmp_path, tiny_study, tiny_dataset, storage_url, storage, monkeypatch)
     paths["folder"].mkdir()
     paths["text"].write_text("some\ntext\n")
     paths["bytes"].write_bytes(b"\x89PNG\r\n\x1a\n\xff\x00" + bytes(64))
-    monkeypatch.setattr("frem_search.dashboard.server.serve", lambda *_: None)  # it would until Ctrl-C
+    monkeypatch.setattr("frem_search.dashboard.server.serve", lambda *_, **__: None)  # it would until Ctrl-C
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield {f"<{name}>": str(path) for name, path in paths.items()}
     for number, handler in handlers.items():

@@ -118,6 +118,21 @@ def test_check_remarks_on_a_dataset_that_is_not_here(run_cli, tiny_study, tiny_d
     assert "there is no dataset 'mouze'" in checked.stdout
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_show_tells_what_a_study_was_begun_with_whose_file_is_elsewhere(run_cli, begin, storage_url, options):
+    contract = begin("tiny").contract  # its file is named by its path alone
+    shown = run_cli("study", "show", "tiny", "--stored", *options, FREM_SEARCH_STORAGE=storage_url)
+    assert shown.returncode == 0, shown.stderr
+    if options:
+        assert json.loads(shown.stdout) == {"name": "tiny", "contract": contract}
+    else:
+        assert shown.stdout.startswith("tiny: no such study file here\n\nbegun with: {\n")
+    assert run_cli("study", "show", "tiny", *options).returncode == 2
+    unknown = run_cli("study", "show", "tinny", "--stored", *options, FREM_SEARCH_STORAGE=storage_url)
+    assert unknown.returncode == 1
+    assert "Did you mean 'tiny'?" in unknown.stderr
+
+
 def test_fork_says_what_it_copied_and_what_not(run_cli, tiny_study, storage, storage_url, tmp_path):
     settings = {"FREM_SEARCH_STORAGE": storage_url, "FREM_SEARCH_ARTIFACTS": tmp_path / "artifacts"}
     artifacts = str(tmp_path / "artifacts")
@@ -149,6 +164,20 @@ def test_delete_asks_first(run_cli, begin, storage, storage_url):
     assert list_stored(storage) == []
 
 
+def test_delete_says_whether_there_were_artifacts(run_cli, begin, storage_url, home):
+    study = begin("tiny")
+    Artifacts(str(home / "artifacts"), study.artifacts_prefix).write("0/weights.pt", b"w")
+    deleted = run_cli("study", "delete", "tiny", "--yes", FREM_SEARCH_STORAGE=storage_url)
+    where = home / "artifacts" / study.artifacts_prefix
+    assert deleted.stdout == f"tiny: deleted, 0 trials, and what lay in {where}\n"
+    study = begin("tiny")
+    deleted = run_cli("study", "delete", "tiny", "--yes", FREM_SEARCH_STORAGE=storage_url)
+    assert deleted.stdout == (
+        f"tiny: deleted, 0 trials, but nothing lay in {home / 'artifacts' / study.artifacts_prefix}; if the study was "
+        f"run with --artifacts elsewhere, remove {study.artifacts_prefix} there\n"
+    )
+
+
 def test_delete_removes_all_of_one_study_and_nothing_of_another(begin, storage, tmp_path):
     studies = [begin("tiny"), begin("tiny-too")]
     url = str(tmp_path / "artifacts")
@@ -158,8 +187,8 @@ def test_delete_removes_all_of_one_study_and_nothing_of_another(begin, storage, 
             curve = {"epoch": [1]}
             leases.tell(leases.claim(), state=optuna.trial.TrialState.COMPLETE, value=1.0, attrs={}, curve=curve)
     other = read_record(storage, "tiny-too")
-    folder = delete_stored(storage, "tiny", artifacts=url)
-    assert studies[0].artifacts_prefix in folder
+    removed = delete_stored(storage, "tiny", artifacts=url)
+    assert removed == (studies[0].artifacts_prefix, f"{url}/{studies[0].artifacts_prefix}", True)
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [studies[1].artifacts_prefix]
     assert read_record(storage, "tiny-too") == other
     assert other.trials[0].curve == {"epoch": [1]}

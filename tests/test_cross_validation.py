@@ -52,10 +52,10 @@ def in_sequence(study_file):
 
 @pytest.fixture
 def make_objective(tmp_path):
-    def make(file, *, artifacts=tmp_path / "artifacts", **settings):
+    def make(file, *, dataset=None, artifacts=tmp_path / "artifacts", **settings):
         store = Artifacts(str(artifacts), "study")
         return Objective(
-            file, load_images(file), device=CPU, precision="fp32", artifacts=store, study_uid="u", **settings
+            file, dataset or load_images(file), device=CPU, precision="fp32", artifacts=store, study_uid="u", **settings
         )
 
     return make
@@ -74,8 +74,8 @@ def train(trained, file, *, number=0, until=None):
 
 def one_fold(make_objective, file, fold, tmp_path):
     """Return a fold's result and curve when it is trained as the only one of a study without folds."""
-    alone = make_objective(file, artifacts=tmp_path / f"alone{fold}")
-    alone._file = replace(file, n_folds=None, fold=fold, pruner="none")
+    without_folds = replace(file, n_folds=None, fold=fold, pruner="none")
+    alone = make_objective(without_folds, dataset=load_images(file), artifacts=tmp_path / f"alone{fold}")
     train(alone, file)
     return alone.finish(0), alone.trial(0).curve
 
@@ -344,7 +344,10 @@ def test_for_want_of_memory_folds_train_in_turn(make_objective, study_file):
     assert not trained.train_in_turn()
     assert train(trained, study_file)[-1].is_done
     assert trained.provenance(0)["layout"] == "in_turn"
-    assert not make_objective(replace(study_file, n_folds=None), layout="stacked").train_in_turn()
+    without_folds = make_objective(replace(study_file, n_folds=None), layout="stacked")
+    assert not without_folds.train_in_turn()
+    train(without_folds, study_file)
+    assert without_folds.provenance(0)["layout"] == "stacked"
 
 
 def test_more_folds_than_a_dataset_has_of_its_own_are_refused(tmp_path, tiny_dataset):

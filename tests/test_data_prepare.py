@@ -19,7 +19,7 @@ from frem_search.data.folder import prepare_folder
 from frem_search.data.images import read_label
 from frem_search.data.nnunet import read_folder
 from frem_search.data.prepare import check, list_datasets, prepare, summary_lines, synthesize
-from frem_search.errors import DatasetError
+from frem_search.errors import DatasetError, UnknownDatasetError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -207,13 +207,13 @@ def test_any_folder_with_gaps_between_its_labels(tmp_path):
 
 @pytest.mark.parametrize("name", ["mouse", "My Cells", "a/b", "", "..", "folder!"])
 def test_any_folder_under_an_unfit_name(tmp_path, name):
-    with pytest.raises(DatasetError, match=r"--name: expected a new name"):
+    with pytest.raises(UsageError, match=r"--name: expected a new name"):
         prepare_folder(tmp_path, name=name)
 
 
 @pytest.mark.parametrize("class_names", [["x"], ["x", "x"]])
 def test_any_folder_with_unfit_class_names(tmp_path, class_names):
-    with pytest.raises(DatasetError, match=r"Class names: expected at least two, all different"):
+    with pytest.raises(UsageError, match=r"Class names: expected at least two, all different"):
         prepare_folder(tmp_path, name="mine", class_names=class_names)
 
 
@@ -316,11 +316,11 @@ def test_slower_process_keeps_the_faster_ones_folder(tmp_path):
 
 
 def test_generated_and_real_sets_are_told_apart(tmp_path):
-    with pytest.raises(DatasetError, match=r"mouse_synthetic: expected a dataset of real images"):
+    with pytest.raises(UsageError, match=r"mouse_synthetic: expected a dataset of real images"):
         prepare("mouse_synthetic", tmp_path)
-    with pytest.raises(DatasetError, match=r"mouse: expected a generated dataset.*ask the authors"):
+    with pytest.raises(UsageError, match=r"mouse: expected a generated dataset.*ask the authors"):
         synthesize("mouse")
-    with pytest.raises(DatasetError, match=r"Unknown dataset 'rat'"):
+    with pytest.raises(UnknownDatasetError, match=r"Unknown dataset 'rat'"):
         prepare("rat", tmp_path)
 
 

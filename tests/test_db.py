@@ -1,6 +1,8 @@
 """`frem-search db`: tables made and brought up to date, a database as a file and back."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -47,6 +49,12 @@ def make_trials(storage, *, n_told=3, name="study"):
     leases.report(held, 0.25, step=1)
     leases.checkpointed(held, epoch=1, curve={"epoch": [1], "score": [0.25]})
     return leases
+
+
+def stop(leases):
+    """What a worker does that is asked to stop."""
+    for held in list(leases._held.values()):
+        leases.release(held, reason="stopped")
 
 
 def everything(storage):
@@ -144,7 +152,7 @@ def test_older_tables_of_optuna_are_refused_until_they_are_upgraded(storage_url,
     assert told.returncode == 1
     assert "but got Optuna's tables v3.0.0.d. Make a backup and run `frem-search db upgrade`" in told.stderr
     told = run_cli("db", "upgrade", FREM_SEARCH_STORAGE=storage_url)
-    assert told.returncode == 0, told.stderr
+    assert (told.returncode, told.stderr) == (0, "")  # whatever Alembic has to say
     with open_storage(storage_url) as storage:
         assert everything(storage) == before
     indexed = "SELECT count(*) FROM pg_indexes WHERE tablename = 'trials' AND indexdef LIKE '%(study_id)'"
@@ -174,7 +182,9 @@ def test_a_restored_database_equals_the_one_that_was_backed_up(storage, empty_da
     assert everything(storage) != before
     with open_storage(empty_database_url) as other:
         assert restore(other, tmp_path / "a.dump") == (1, 4)
-        assert everything(other) == before
+        after = everything(other)
+        assert len(after.pop("frem_lease")) == len(before.pop("frem_lease"))
+        assert after == before
         copied = optuna.load_study(study_name="study", storage=other.optuna).trials
         assert [trial.params for trial in copied] == [trial.params for trial in leases._study.trials[:4]]
         assert [trial.value for trial in copied] == [0.5, 1.5, 2.5, None]
@@ -186,11 +196,13 @@ def test_a_search_goes_on_in_a_restored_database(storage, empty_database_url, tm
     with open_storage(empty_database_url) as other:
         restore(other, tmp_path / "a.dump")
         study = optuna.load_study(study_name="study", storage=other.optuna, sampler=optuna.samplers.RandomSampler())
-        with other.engine.begin() as connection:
-            connection.execute(sa.text("UPDATE frem_lease SET expires_at = now()"))
+        # Nobody holds a trial here, whoever does in the database that was backed up.
+        reasons = scalar(other, "SELECT json_agg(reason ORDER BY trial_id) FROM frem_lease WHERE token IS NULL")
+        assert reasons == [None, None, None, "restored from a backup"]
         leases = Leases(other, study, distributions=SPACE)
         adopted, asked = leases.claim(), leases.claim()
         assert (adopted.number, adopted.is_adopted, adopted.reported) == (3, True, 1)
+        assert adopted.attempt == 1  # that it was cut off is no fault of the trial
         assert (asked.number, asked.is_adopted) == (4, False)
 
 
@@ -236,18 +248,33 @@ def test_a_backup_during_a_search_has_whole_trials_only(storage_url, empty_datab
 
 
 def test_a_database_with_studies_is_replaced_only_by_force(storage, storage_url, run_cli, tmp_path):
-    make_trials(storage, name="kept")
+    stop(make_trials(storage, name="kept"))
     before = everything(storage)
     told = run_cli("db", "backup", "--out", tmp_path / "a.dump", FREM_SEARCH_STORAGE=storage_url)
-    assert told.stdout == f"{tmp_path / 'a.dump'}: 1 studies, 4 trials\n", told.stderr
-    make_trials(storage, name="later")
+    assert told.stdout == f"{tmp_path / 'a.dump'}: 1 study, 4 trials\n", told.stderr
+    working = make_trials(storage, name="later", n_told=1)
     told = run_cli("db", "restore", tmp_path / "a.dump", FREM_SEARCH_STORAGE=storage_url)
     assert told.returncode == 2
     assert "expected a database without studies, but got 2" in told.stderr
     assert scalar(storage, "SELECT count(*) FROM studies") == 2
+    both = everything(storage)
+    told = run_cli("db", "restore", tmp_path / "a.dump", "--force", FREM_SEARCH_STORAGE=storage_url)
+    assert told.returncode == 1
+    assert "expected a database that nobody works on, but got 1 at work. Stop these workers first" in told.stderr
+    assert f":{os.getpid()}.\n" in told.stderr
+    assert everything(storage) == both
+    stop(working)
     told = run_cli("db", "restore", tmp_path / "a.dump", "--force", FREM_SEARCH_STORAGE=storage_url)
     assert told.returncode == 0, told.stderr
     assert everything(storage) == before
+
+
+def test_a_worker_that_died_does_not_keep_a_database_from_being_replaced(storage, tmp_path):
+    make_trials(storage)
+    back_up(storage, tmp_path / "a.dump")
+    with storage.engine.begin() as connection:  # this process's number was another one's
+        connection.execute(sa.text("UPDATE frem_lease SET pid_started = pid_started - 1000"))
+    assert restore(storage, tmp_path / "a.dump", force=True) == (1, 4)
 
 
 def test_the_embedded_database_is_backed_up_and_restored(run_cli, tmp_path, tiny_study):
@@ -268,7 +295,7 @@ def test_a_restore_that_fails_changes_nothing(storage, empty_database_url, postg
     back_up(storage, tmp_path / "a.dump")
     name = empty_database_url.split("/")[3].split("?")[0]
     with open_storage(empty_database_url) as other:
-        make_trials(other, n_told=1)
+        stop(make_trials(other, n_told=1))
         # A table of somebody else that hangs on one of ours cannot be dropped by the way.
         postgres.execute("CREATE TABLE mine (trial_id integer REFERENCES trials)", database=name)
         before = everything(other)
@@ -283,13 +310,18 @@ def test_what_is_no_backup_is_refused(storage, tmp_path, postgres):
     dump = programs.find_program("pg_dump")
     for_foreign = ["--format=custom", f"--file={tmp_path / 'foreign'}", f"--dbname={postgres.url(foreign)}"]
     subprocess.run([dump, *for_foreign], check=True)
-    for name in ("text", "foreign", "missing"):
-        with pytest.raises(UsageError, match="expected a backup by `frem-search db backup`"):
+    reasons = {
+        "text": "Give the path of one",
+        "foreign": "another program's",
+        "missing": "No such file or directory. Give",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UsageError, match=f"expected a backup by `frem-search db backup`, .*{reason}"):
             restore(storage, tmp_path / name)
 
 
 def test_a_truncated_backup_is_refused(storage, tmp_path):
-    make_trials(storage)
+    stop(make_trials(storage))
     back_up(storage, tmp_path / "a.dump")
     content = (tmp_path / "a.dump").read_bytes()
     for n_bytes in (3, len(content) // 2, len(content) - 100):
@@ -311,6 +343,64 @@ def test_a_backup_of_newer_tables_is_refused(storage, storage_url, postgres, tmp
         pytest.raises(StorageError, match="Install the frem-search"),
     ):
         restore(other, tmp_path / "a.dump")
+
+
+def test_a_backup_of_a_newer_optuna_is_refused_and_destroys_nothing(storage, postgres, tmp_path):
+    stop(make_trials(storage, name="precious"))
+    before = everything(storage)
+    newer = postgres.create()
+    with open_storage(postgres.url(newer)) as other:
+        stop(make_trials(other, name="newer"))
+    postgres.execute("UPDATE alembic_version SET version_num = 'v99'", database=newer)
+    dump = programs.find_program("pg_dump")
+    subprocess.run([dump, "--format=custom", f"--file={tmp_path / 'a'}", f"--dbname={postgres.url(newer)}"], check=True)
+    assert read_archive(tmp_path / "a").optuna == "v99"
+    with pytest.raises(StorageError, match=r"expected Optuna's tables v\S+ or older, but got v99\. Install the frem"):
+        restore(storage, tmp_path / "a", force=True)
+    assert everything(storage) == before
+
+
+def test_a_backup_of_an_older_optuna_is_brought_up_to_date(storage, postgres, empty_database_url, tmp_path):
+    make_trials(storage)
+    back_up(storage, tmp_path / "a.dump")
+    current = read_archive(tmp_path / "a.dump").optuna
+    name = empty_database_url.split("/")[3].split("?")[0]
+    with open_storage(empty_database_url) as other:
+        restore(other, tmp_path / "a.dump")
+        postgres.execute(
+            "DROP INDEX ix_trials_study_id", "UPDATE alembic_version SET version_num = 'v3.0.0.d'", database=name
+        )
+        back_up(other, tmp_path / "older.dump")
+        assert read_archive(tmp_path / "older.dump").optuna == "v3.0.0.d"
+        restore(other, tmp_path / "older.dump", force=True)
+        assert scalar(other, "SELECT version_num FROM alembic_version") == current
+
+
+def test_only_the_user_reads_a_backup(storage, tmp_path):
+    before = os.umask(0o022)
+    try:
+        back_up(storage, tmp_path / "a.dump")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.dump").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_replaced(storage, tmp_path, monkeypatch, has_links):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:  # as on FAT
+        monkeypatch.setattr("os.link", refuse)
+    back_up(storage, tmp_path / "a.dump")
+    assert read_archive(tmp_path / "a.dump").tables == len(schema.STEPS)
+    monkeypatch.setattr(
+        "frem_search.database.backup.read_archive", lambda file: (tmp_path / "b.dump").write_text("somebody's")
+    )
+    with pytest.raises(UsageError, match="it is there already"):
+        back_up(storage, tmp_path / "b.dump")
+    assert (tmp_path / "b.dump").read_text() == "somebody's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.dump", "b.dump"]
 
 
 def test_a_backup_never_replaces_a_file(storage, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,23 @@ def test_a_failed_start_offers_the_remedy_that_fits(home, monkeypatch, error, re
     with pytest.raises(StorageError, match=f"does not start: .* {remedy}") as told, embedded_postgres():
         pytest.fail("it did start")
     assert ("disk space" in str(told.value)) == (error.args[0] == errno.ENOSPC)
+
+
+def test_what_postgresql_says_of_a_failed_start_is_one_line(home, run_cli):
+    """The wheel logs its programs' output, a page long, where nobody has set up logging."""
+    (home / "postgres").mkdir()
+    (home / "postgres" / "in the way").write_text("")
+    told = run_cli("study", "list", "--stored")
+    assert told.returncode == 1
+    assert told.stderr.count("\n") == 1, told.stderr
+    assert re.search(r"does not start: initdb: error: directory .* is not empty\. See ", told.stderr)
+
+
+def test_the_embedded_database_is_named_by_its_folder(home):
+    from frem_search.storage import open_storage
+
+    with open_storage() as storage:
+        assert storage.label == f"embedded, in {home / 'postgres'}"
 
 
 def test_no_space_is_told_whoever_met_it_first(tmp_path, monkeypatch):

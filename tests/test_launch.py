@@ -12,7 +12,7 @@ import pytest
 
 from frem_search.cli import engines
 from frem_search.cli.engines import Asked
-from frem_search.errors import WorkerError
+from frem_search.errors import UsageError, WorkerError
 from frem_search.launch.local import alone_on, devices_of, local_workers, share_of_cores, visible_gpus
 from frem_search.launch.team import MOST_DEATHS
 from frem_search.launch.watch import watch
@@ -187,12 +187,17 @@ def test_devices_are_given_to_workers_in_turn():
     assert devices_of("auto", None) == ["auto"]
     assert devices_of("cuda:0, cuda:1", None) == ["cuda:0", "cuda:1"]
     assert devices_of("cuda:0,cuda:1", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    with pytest.raises(
+        UsageError, match=r"--device: expected at most one for each of --workers 2, but got cpu, cpu, cpu"
+    ):
+        devices_of("cpu,cpu,cpu", 2)
 
 
 def test_every_gpu_gets_a_worker(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert devices_of("auto", None) == ["cuda:0", "cuda:1"]
     assert devices_of("auto", 4) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert devices_of("auto", 1) == ["cuda:0"]
 
 
 @pytest.mark.parametrize(

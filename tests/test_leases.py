@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,10 @@ import sqlalchemy as sa
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from frem_search import leases as leases_module
+from frem_search.claims import Held
 from frem_search.errors import LeaseLostError, StudyNotFoundError
-from frem_search.leases import Held, Leases
+from frem_search.leases import Leases
 from frem_search.samplers import make_sampler
 from frem_search.storage import open_storage
 
@@ -215,14 +218,14 @@ def test_a_worker_whose_lease_was_taken_can_change_nothing(storage, other_storag
 def test_a_claim_waits_for_the_one_before_it(storage, other_storage):
     mine = make_leases(storage, make_study(storage))
     others = make_leases(other_storage, make_study(other_storage))
-    has_asked, may_commit, take = threading.Event(), threading.Event(), mine._take
+    has_asked, may_commit, take = threading.Event(), threading.Event(), mine._claims._take
 
     def take_slowly(*args, **kwargs):
         has_asked.set()
         may_commit.wait(10)
         return take(*args, **kwargs)
 
-    mine._take = take_slowly
+    mine._claims._take = take_slowly
     claimed = []
     first = threading.Thread(target=lambda: claimed.append(mine.claim()))
     first.start()
@@ -239,20 +242,127 @@ def test_a_claim_waits_for_the_one_before_it(storage, other_storage):
     assert len(stored(storage)) == 1
 
 
+def test_who_takes_a_trial_waits_for_a_report_that_is_under_way(storage, other_storage):
+    """And so finds it, instead of a row that appears behind its back."""
+    mine = make_leases(storage, make_study(storage))
+    others = make_leases(other_storage, make_study(other_storage))
+    held = mine.claim()
+    expire(storage, held)
+    is_checked, may_store, store = threading.Event(), threading.Event(), mine._store_unsent
+
+    def store_slowly(*args):
+        is_checked.set()
+        may_store.wait(10)
+        store(*args)
+
+    mine._store_unsent = store_slowly
+    reporter = threading.Thread(target=mine.report, args=(held, 0.5), kwargs={"step": 4})
+    reporter.start()
+    assert is_checked.wait(10)
+    claimed = []
+    claimer = threading.Thread(target=lambda: claimed.append(others.claim()))
+    claimer.start()
+    time.sleep(0.3)
+    assert claimed == []
+    may_store.set()
+    reporter.join()
+    claimer.join()
+    assert (claimed[0].number, claimed[0].reported) == (0, 4)
+
+
+@pytest.mark.parametrize("action", ["report", "checkpointed", "require", "tell"])
+def test_a_trial_that_somebody_else_finished_or_deleted_is_let_go(storage, other_storage, action):
+    """By the dashboard, say, or by Optuna's own program."""
+    mine = make_leases(storage, make_study(storage, n_trials=2))
+    actions = {
+        "report": lambda held: mine.report(held, 0.5, step=1),
+        "checkpointed": lambda held: mine.checkpointed(held, epoch=1, curve={}),
+        "require": mine.require,
+        "tell": lambda held: mine.tell(held, state=TrialState.COMPLETE, value=0.5, **DONE),
+    }
+    finished, deleted = mine.claim(), mine.claim()
+    other_storage.optuna.set_trial_state_values(finished.id, TrialState.FAIL)
+    with pytest.raises(LeaseLostError, match="trial 0: somebody else has finished it"):
+        actions[action](finished)
+    assert finished.is_lost
+    other_storage.optuna.delete_study(mine._study_id)
+    with pytest.raises(LeaseLostError, match="trial 1: it was deleted with its study"):
+        actions[action](deleted)
+
+
+def test_each_attempt_is_on_the_trial_with_the_reason_of_its_end(storage, other_storage):
+    mine = make_leases(storage, make_study(storage), max_attempts=2)
+    others = make_leases(other_storage, make_study(other_storage), max_attempts=2)
+    held = mine.claim()
+    held.epoch = 3
+    mine.checkpointed(held, epoch=3, curve={})
+    mine.release(held, reason="stopped")
+    held = others.claim()
+    assert (held.epoch, held.attempt) == (3, 1)
+    expire(storage, held)
+    held = mine.claim()
+    here = f"{socket.gethostname()}:{os.getpid()}"
+    first, second = ({"worker": here, "epoch": 3, "ended": ended} for ended in ("stopped", "its lease ran out"))
+    assert stored(storage)[0].user_attrs == {"attempts": [first, second]}
+    mine.release(held, reason="no space", is_forgiven=False)
+    assert others.claim() == "spent"
+    assert others.given_up == {0: "2 attempts in a row advanced no checkpoint; the last ended: no space"}
+    (trial,) = stored(storage)
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["attempts"] == [first, second, {"worker": here, "epoch": 3, "ended": "no space"}]
+
+
+def test_a_trial_that_another_program_began_gets_the_parameters_that_it_lacks(storage):
+    study = make_study(storage, n_trials=2)
+    study.ask({"B": SPACE["B"]})
+    held = make_leases(storage, study).claim()
+    assert (held.number, held.is_adopted, set(held.trial.params)) == (0, True, {"B", "X"})
+    assert stored(storage)[0].params == held.trial.params
+
+
+def test_renewal_outlives_any_error(storage, other_storage, monkeypatch):
+    from frem_search.renewal import Renewal
+
+    renew, n_failed = Renewal._renew, []
+
+    def fail_first(self):
+        if len(n_failed) < 3:
+            n_failed.append(1)
+            raise ZeroDivisionError
+        renew(self)
+
+    monkeypatch.setattr(Renewal, "_renew", fail_first)
+    with make_leases(storage, make_study(storage), lease_s=1.2) as mine:
+        held = mine.claim()
+        time.sleep(1.5)
+        assert lease_row(storage, held).is_live
+        assert make_leases(other_storage, make_study(other_storage)).claim() == "busy"
+
+
+def test_the_standing_counts_what_ended_and_names_the_best(storage):
+    leases = make_leases(storage, make_study(storage, n_trials=5))
+    for value in (0.5, 0.7, 0.6):
+        leases.tell(leases.claim(), state=TrialState.COMPLETE, value=value, **DONE)
+    leases.tell(leases.claim(), state=TrialState.PRUNED, **DONE)
+    leases.claim()
+    assert leases.standing(most=2) == (4, [1, 2])
+    assert sorted(leases.finished()) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("max_attempts", [3, 1])
-def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, other_storage, max_attempts):
+def test_a_claim_while_a_late_worker_tells_leaves_the_trial_as_told(storage, other_storage, max_attempts, monkeypatch):
     mine = make_leases(storage, make_study(storage))
     others = make_leases(other_storage, make_study(other_storage), max_attempts=max_attempts)
     held = mine.claim()
     expire(storage, held)
-    is_told, may_commit, finish = threading.Event(), threading.Event(), mine._finish
+    is_told, may_commit, finish = threading.Event(), threading.Event(), leases_module.finish
 
     def finish_slowly(*args, **kwargs):
         finish(*args, **kwargs)
         is_told.set()
         may_commit.wait(10)
 
-    mine._finish = finish_slowly
+    monkeypatch.setattr(leases_module, "finish", finish_slowly)
     teller = threading.Thread(
         target=mine.tell, args=(held,), kwargs={"state": TrialState.COMPLETE, "value": 0.5} | DONE
     )
@@ -399,6 +509,7 @@ from optuna.trial import TrialState
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 import frem_search.storage
 from frem_search.storage import open_storage
+from frem_search import leases as leases_module
 from frem_search.leases import Leases
 from frem_search.samplers import make_sampler
 SPACE = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}
@@ -448,7 +559,7 @@ def test_a_claimer_that_stands_still_does_not_hold_others_up(storage, storage_ur
     body = """
 frem_search.storage.SESSION = "SET idle_in_transaction_session_timeout = '1s'"
 storage.engine.dispose()
-leases._take = lambda *args, **kwargs: (print("in the middle", flush=True), time.sleep(600))
+leases._claims._take = lambda *args, **kwargs: (print("in the middle", flush=True), time.sleep(600))
 leases.claim()
 """
     worker = start_worker(storage_url, body)
@@ -586,6 +697,7 @@ def cuts(storage, postgres, monkeypatch):
     clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")}, sleep=lambda _: None)
     monkeypatch.setattr("optuna.storages._rdb.storage.time", clock)
     monkeypatch.setattr("frem_search.storage.time", clock)
+    monkeypatch.setattr(leases_module, "BLINK_S", 30.0)
     observer = postgres.connect("postgres")
     yield Cuts(storage, observer)
     observer.close()

@@ -18,6 +18,7 @@ from frem_search.errors import (
     ArtifactError,
     ContractError,
     DatasetError,
+    DeviceMemoryError,
     FremSearchError,
     UsageError,
 )
@@ -99,6 +100,16 @@ def assert_equal(weights, others):
 
 def random_image(*shape, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+
+
+def test_a_device_without_memory_is_told_with_the_remedy(study, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("frem_search.training.cohort.score_images", fail)
+    with pytest.raises(DeviceMemoryError) as raised:
+        trained(study)
+    assert str(raised.value) == f"cpu: out of memory: OutOfMemoryError. {DeviceMemoryError.remedy}"
 
 
 @pytest.mark.parametrize("setting", ["B", "B=", "=8", "B=8 9", "B=[1", "B=1\nX=2", "B=1e", "B=a-b"])

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from frem_search import __version__, objective, parameters
+from frem_search import __version__, image_cache, parameters, results
 from frem_search.artifacts import Artifacts
 from frem_search.data.augment import Augmentation
 from frem_search.data.dataset import load_dataset
-from frem_search.errors import ArtifactError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
+from frem_search.errors import ArtifactError, DeviceError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
 from frem_search.evaluation import evaluate
 from frem_search.losses import LOSSES
 from frem_search.metrics import METRICS
@@ -394,13 +395,13 @@ def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_p
 
 def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, study_file, tmp_path, monkeypatch):
     predicted = []
-    predict = objective.predict
+    predict = results.predict
 
     def watched(network, images, **kwargs):
         predicted.append(len(images))
         return predict(network, images, **kwargs)
 
-    monkeypatch.setattr(objective, "predict", watched)
+    monkeypatch.setattr(results, "predict", watched)
     trained = make_objective(replace(study_file, n_epochs=20))
     train(trained, params=PARAMS | {"learning_rate": 1e-2})
     member = trained.trial(0).members[0]
@@ -483,7 +484,9 @@ def test_a_checkpoint_takes_the_trial_on_in_another_worker(make_objective):
     assert second.finish(0) == straight.finish(0)
 
 
-@pytest.mark.parametrize("spoil", ["torn", "of another study", "of another trial", "of other parameters"])
+@pytest.mark.parametrize(
+    "spoil", ["torn", "no checkpoint", "of another study", "of another trial", "of other parameters"]
+)
 def test_a_checkpoint_that_cannot_be_used_is_set_aside(make_objective, tmp_path, spoil):
     first = make_objective()
     train(first, until=1)
@@ -491,28 +494,102 @@ def test_a_checkpoint_that_cannot_be_used_is_set_aside(make_objective, tmp_path,
     path = tmp_path / "artifacts/study/0/checkpoint.pt"
     if spoil == "torn":
         path.write_bytes(path.read_bytes()[:-100])
+    if spoil == "no checkpoint":
+        content = b"whole, but nothing that torch.load could read"
+        path.write_bytes(content + hashlib.sha256(content).digest())
     if spoil == "of another trial":
         path = shutil.copytree(path.parent, path.parent.with_name("1")) / path.name
     second = make_objective(uid="v" if spoil == "of another study" else "u")
-    member = second.admit(
+    trial = second.admit(
         int(spoil == "of another trial"), PARAMS | ({"X": 21.0} if spoil == "of other parameters" else {})
     )
-    assert (member.epoch, member.curve["epoch"]) == (0, [])
+    assert (trial.epoch, trial.curve["epoch"]) == (0, [])
     assert not path.exists()
+    assert trial.set_aside == f"{path}.unusable"
     assert path.with_name("checkpoint.pt.unusable").exists()
 
 
-def test_discarding_removes_the_checkpoint_and_on_request_the_weights(make_objective, tmp_path):
+def test_only_a_checkpoint_that_cannot_be_used_is_told_as_set_aside(make_objective):
+    first = make_objective()
+    assert first.admit(0, PARAMS).set_aside == ""
+    first.save_checkpoint(0)
+    assert make_objective().admit(0, PARAMS).set_aside == ""
+
+
+def test_a_trial_whose_checkpoint_cannot_be_set_aside_can_be_let_go(make_objective, tmp_path, monkeypatch):
+    first = make_objective()
+    first.admit(0, PARAMS)
+    first.save_checkpoint(0)
+    second = make_objective(uid="v")
+    monkeypatch.setattr(second._artifacts._files, "mv", raise_code_error)
+    with pytest.raises(ArtifactError, match=r"checkpoint\.pt: cannot be renamed: a bug"):
+        second.admit(0, PARAMS)
+    second.release(0)
+    assert list(second.epochs()) == []
+
+
+def test_discarding_removes_the_checkpoints_and_on_request_the_weights(make_objective, tmp_path):
     trained = make_objective()
     train(trained)
     trained.save_checkpoint(0)
     trained.finish(0)
     folder = tmp_path / "artifacts/study/0"
+    shutil.copy(folder / "checkpoint.pt", folder / "checkpoint.pt.unusable")
     trained.discard(0, weights=False)
     assert sorted(path.name for path in folder.iterdir()) == [*LEFT, "weights.pt"]
     trained.discard(0, weights=True)
     trained.discard(0, weights=True)
     assert sorted(path.name for path in folder.iterdir()) == LEFT
+
+
+HALF_WRITTEN = [f"{i}/{name}.{i:032x}" for i in (0, 1) for name in (".checkpoint.pt", "fold1/.weights.pt")]
+
+
+@pytest.mark.parametrize("store", ["folder", "memory"])
+def test_a_sweep_removes_what_finished_trials_need_no_longer_and_nothing_else(make_objective, tmp_path, store):
+    url = f"{tmp_path}/artifacts" if store == "folder" else f"memory://{tmp_path}"
+    swept, files = make_objective(artifacts=url), Artifacts(url, "study")
+    kept = ["0/weights.pt", "0/fold1/predictions.npz", "0/.checkpoint.pt.mine", "other/checkpoint.pt", "notes"]
+    unfinished = [name for name in HALF_WRITTEN if name.startswith("1/")] + ["1/checkpoint.pt", "10/checkpoint.pt"]
+    done_with = ["0/checkpoint.pt", "0/checkpoint.pt.unusable", "12/checkpoint.pt", HALF_WRITTEN[0], HALF_WRITTEN[1]]
+    for name in (*kept, *unfinished, *done_with):
+        files.write(name, b"1")
+    another = Artifacts(url, "study-of-others")
+    another.write("0/checkpoint.pt", b"1")
+    swept.sweep([0, 12, 13])
+    assert sorted(files.names()) == sorted(kept + unfinished)
+    swept.sweep([])
+    assert sorted(files.names()) == sorted(kept + unfinished)
+    assert another.names() == ["0/checkpoint.pt"]
+    files.remove_all()
+    another.remove_all()
+
+
+def test_a_writer_that_was_killed_leaves_nothing_after_a_sweep(make_objective, tmp_path, monkeypatch):
+    trained = make_objective()
+    trained.admit(0, PARAMS)
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: None)  # killed before it
+    trained.save_checkpoint(0)
+    (left,) = (tmp_path / "artifacts/study/0").iterdir()
+    assert left.name.startswith(".checkpoint.pt.")
+    trained.sweep([0])
+    assert not left.exists()
+
+
+def test_a_sweep_is_one_listing_and_quiet_where_there_is_none(make_objective, monkeypatch):
+    trained = make_objective(artifacts="memory://swept")
+    trained.sweep([0])  # no folder yet
+    for number in range(20):
+        trained._artifacts.write(f"{number}/checkpoint.pt", b"1")
+    listed, find = [], trained._artifacts._files.find
+    monkeypatch.setattr(trained._artifacts._files, "find", lambda *args: listed.append(args) or find(*args))
+    monkeypatch.setattr(trained._artifacts._files, "rm_file", raise_code_error)
+    trained.sweep(range(20))
+    assert len(listed) == 1
+    monkeypatch.setattr(trained._artifacts._files, "find", raise_code_error)
+    trained.sweep(range(20))
+    monkeypatch.undo()
+    trained._artifacts.remove_all()
 
 
 def test_a_full_disk_is_told_with_the_remedy_and_leaves_no_torn_file(make_objective, tmp_path, monkeypatch):
@@ -624,14 +701,14 @@ def test_trials_of_different_image_sizes_share_an_objective(make_objective, with
 
 def test_images_of_a_size_that_nobody_trains_at_leave_the_device(make_objective, with_params, monkeypatch):
     loaded = []
-    load = objective.load_resident
+    load = image_cache.load_resident
 
     def watched(*args, **kwargs):
         folds = load(*args, **kwargs)
         loaded.append(weakref.ref(folds[0].train.whole))
         return folds
 
-    monkeypatch.setattr(objective, "load_resident", watched)
+    monkeypatch.setattr(image_cache, "load_resident", watched)
     trained = make_objective(with_params(image_size=[16, 24, 32]))
     for number, size in enumerate((16, 24, 24)):
         trained.admit(number, PARAMS | {"image_size": size})
@@ -678,26 +755,53 @@ def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError(message)
 
 
-@pytest.mark.parametrize("when", ["built", "restored", "trained", "scored"])
-def test_a_device_without_memory_is_told_with_the_remedy(make_objective, monkeypatch, when):
-    trained = make_objective()
-    if when == "built":
-        monkeypatch.setattr(objective, "build_network", out_of_memory)
+def broken(*_, **__):
+    message = "CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure' in the documentation."
+    raise torch.AcceleratorError(message)
+
+
+WHERE = {
+    "built": "frem_search.objective.build_network",
+    "restored": "frem_search.training.checkpoint.torch.load",
+    "trained": "frem_search.training.cohort.score_images",
+    "stored": "frem_search.training.checkpoint.torch.save",
+    "scored": "frem_search.results.predict",
+    "packed": "frem_search.results.dump_weights",
+}
+
+
+@pytest.mark.parametrize("when", WHERE)
+@pytest.mark.parametrize("fails", [out_of_memory, broken])
+def test_what_the_device_fails_at_is_told_as_its_fault_and_not_as_the_trials(make_objective, monkeypatch, when, fails):
     if when == "restored":
-        train(trained, until=1)
-        trained.save_checkpoint(0)
-        trained = make_objective()
-        monkeypatch.setattr(objective, "load_checkpoint", out_of_memory)
-    if when == "trained":
-        monkeypatch.setattr("frem_search.training.cohort.score_images", out_of_memory)
-    with pytest.raises(DeviceMemoryError) as raised:  # noqa: PT012 where it happens is what differs
+        before = make_objective()
+        train(before, until=1)
+        before.save_checkpoint(0)
+    trained = make_objective()
+    monkeypatch.setattr(WHERE[when], fails)
+    with pytest.raises(DeviceError) as raised:  # noqa: PT012 where it happens is what differs
         train(trained)
-        monkeypatch.setattr(objective, "predict", out_of_memory)
+        trained.save_checkpoint(0)
         trained.finish(0)
-    told = str(raised.value)
-    assert told.startswith("cpu: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Free the device, or")
-    assert "batch_size, image_size or base_channels" in told
-    assert "\n" not in told
+    if fails is out_of_memory:
+        assert isinstance(raised.value, DeviceMemoryError)
+        # The fact alone: it becomes the reason of trials.
+        assert str(raised.value) == "cpu: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
+    else:
+        assert not isinstance(raised.value, DeviceMemoryError)
+        assert str(raised.value).startswith("cpu: failed: CUDA error: unspecified launch failure. This process cannot")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_is_not_set_aside_for_what_the_device_fails_at(make_objective, tmp_path, monkeypatch):
+    first = make_objective()
+    train(first, until=1)
+    first.save_checkpoint(0)
+    monkeypatch.setattr(WHERE["restored"], broken)
+    with pytest.raises(DeviceError):
+        make_objective().admit(0, PARAMS)
+    monkeypatch.undo()
+    assert make_objective().admit(0, PARAMS).epoch == 1
 
 
 def test_a_batch_that_the_network_cannot_normalise_is_a_usage_error(make_objective, with_params):

@@ -60,6 +60,8 @@ def test_states_in_our_words(storage, study):
     assert [t.reason for t in record.trials] == ["why", "why", "why", "", "stopped", ""]
     assert [t.epoch for t in record.trials] == [2, 2, 2, 7, 0, 0]
     assert [t.curve for t in record.trials] == [curve, curve, curve, {"epoch": [7]}, {}, {}]
+    assert [(t.attempts, t.total_attempts) for t in record.trials] == [(1, 1), (1, 1), (1, 1), (0, 1), (0, 1), (0, 0)]
+    assert record.n_finished == 3
     assert record.trials[3].worker.endswith(" cpu, 1 threads")
     assert record.trials[0].started < record.trials[0].finished
     assert record.trials[5].started is None
@@ -73,11 +75,50 @@ def test_a_trial_whose_lease_ran_out_or_whose_worker_is_gone_is_waiting(storage,
     change = "UPDATE frem_lease SET expires_at = now() - interval '1 second' WHERE trial_id = :id"
     with storage.engine.begin() as connection:
         connection.execute(sa.text(change), {"id": held[0].id})
-    assert [t.state for t in read_record(storage, "tiny").trials] == ["waiting", "running"]
+    trials = read_record(storage, "tiny").trials
+    assert [t.state for t in trials] == ["waiting", "running"]
+    assert [t.reason for t in trials] == ["no sign of life from its worker", ""]
     change = "UPDATE frem_lease SET pid_started = pid_started - 100 WHERE trial_id = :id"
     with storage.engine.begin() as connection:
         connection.execute(sa.text(change), {"id": held[1].id})
-    assert [t.state for t in read_record(storage, "tiny").trials] == ["waiting", "waiting"]
+    trials = read_record(storage, "tiny").trials
+    assert [t.state for t in trials] == ["waiting", "waiting"]
+    assert [t.reason for t in trials] == ["no sign of life from its worker", "its worker is gone"]
+
+
+def test_a_trial_that_another_program_began_is_waiting(storage, study):
+    study.optuna.ask()
+    (trial,) = read_record(storage, "tiny").trials
+    assert (trial.state, trial.reason) == ("waiting", "begun by another program")
+
+
+def test_a_trial_in_training_is_as_far_as_its_last_report(storage, study):
+    """Its lease tells the epoch when it is renewed, half a minute later."""
+    first, second = make_leases(study), make_leases(study)
+    held = first.claim()
+    first.report(held, 0.25, step=5)
+    (trial,) = read_record(storage, "tiny").trials
+    assert (trial.epoch, trial.attempts, trial.total_attempts) == (5, 1, 1)
+    first.release(held, reason="the disk is full", is_forgiven=False)
+    assert [t.epoch for t in read_record(storage, "tiny").trials] == [0]
+    again = second.claim()  # and begins again, as there is no checkpoint
+    (trial,) = read_record(storage, "tiny").trials
+    assert (trial.state, trial.epoch, trial.attempts, trial.total_attempts) == ("running", 0, 2, 2)
+    second.checkpointed(again, epoch=2, curve={"epoch": [1, 2]})
+    (trial,) = read_record(storage, "tiny").trials
+    assert (trial.epoch, trial.attempts, trial.total_attempts) == (2, 0, 2)
+
+
+def test_reports_of_images_are_no_epochs(storage, tiny_study):
+    text = tiny_study.read_text() + '\n[folds]\nn = 2\n\n[pruner]\nname = "wilcoxon"\n'
+    tiny_study.write_text(text)
+    study_file = load_study_file(str(tiny_study))
+    contract = make_contract(
+        study_file, precision="fp32", dataset="tiny", dataset_fingerprint="f", class_names=("ground", "disc")
+    )
+    leases = make_leases(open_study(storage, study_file, contract))
+    leases.report(leases.claim(), 0.25, step=7)
+    assert [t.epoch for t in read_record(storage, "tiny").trials] == [0]
 
 
 def test_trials_and_leases_are_of_one_moment(storage, storage_url, study):
@@ -117,9 +158,10 @@ def test_the_best_is_the_highest_and_among_equals_the_first():
     assert best(trial(0, 0.5), trial(1, 0.7), trial(2, 0.7), trial(3, 0.6)).number == 1
 
 
-def test_an_unknown_study_is_told_with_those_that_are_there(storage, study):
-    with pytest.raises(StudyNotFoundError, match=r"nowhere: no such study in .*, which holds: tiny\. Start it with"):
-        read_record(storage, "nowhere")
+@pytest.mark.parametrize(("name", "hint"), [("tinny", r" Did you mean 'tiny'\?"), ("nowhere", "")])
+def test_an_unknown_study_is_told_with_the_nearest(storage, study, name, hint):
+    with pytest.raises(StudyNotFoundError, match=rf"{name}: no such study in the storage \(.*\)\.{hint} Start it with"):
+        read_record(storage, name)
 
 
 def test_a_study_of_another_program_is_not_read(storage):

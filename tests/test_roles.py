@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from frem_search.errors import StorageError, UsageError
 from frem_search.record import read_record
 from frem_search.storage import open_storage
 
+DOCS = Path(__file__).parent.parent / "docs"
 SECRET = "w{0}rk%s@er:/?#' \"\\$x"
 READER_SECRET = "r{e}ad%er@:/"
 
@@ -37,11 +39,34 @@ def password_file(tmp_path):
 
 @pytest.fixture
 def server(tcp_server, tcp_database):
-    """The server, whose database has been set up for workers and readers."""
+    """The server, whose database has been set up for workers and readers: nobody has a right that `db init` gives."""
+    tcp_server.execute(
+        f"REVOKE CONNECT ON DATABASE {tcp_database} FROM PUBLIC",
+        "REVOKE USAGE ON SCHEMA public FROM PUBLIC",
+        "GRANT CREATE ON SCHEMA public TO PUBLIC",  # as before PostgreSQL 15
+        database=tcp_database,
+    )
     with open_storage(tcp_server.url(database=tcp_database)) as storage:
         make_roles(storage, {WORKER: SECRET, READER: READER_SECRET})
     tcp_server.passwords |= {WORKER: SECRET, READER: READER_SECRET}
     return tcp_server
+
+
+@pytest.fixture
+def _no_roles(tcp_server):
+    """As if the server had never heard of our roles."""
+
+    def has_role(role):
+        return bool(tcp_server.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", values=[role]))
+
+    for role in filter(has_role, (WORKER, READER)):
+        tcp_server.execute(f"ALTER ROLE {role} RENAME TO {role}_aside")
+    yield
+    for role in (WORKER, READER):
+        if has_role(role):
+            tcp_server.execute(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+        if has_role(f"{role}_aside"):
+            tcp_server.execute(f"ALTER ROLE {role}_aside RENAME TO {role}")
 
 
 @pytest.fixture
@@ -115,8 +140,6 @@ def test_a_worker_changes_rows_and_nothing_else(server, tcp_database, statement)
 )  # fmt: skip
 def test_a_reader_writes_nothing(server, tcp_database, statement):
     for first in ((), ("SET default_transaction_read_only = off",)):
-        if first and "TEMPORARY" in statement:
-            continue  # of its own session, and nobody else's
         with pytest.raises((psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction)):
             as_role(server, READER, tcp_database, *first, statement)
 
@@ -125,6 +148,7 @@ def test_tables_of_later_versions_get_their_rights_by_themselves(server, tcp_dat
     as_role(server, "frem_owner", tcp_database, "CREATE TABLE frem_later (n serial, m integer)")
     assert as_role(server, WORKER, tcp_database, "INSERT INTO frem_later (m) VALUES (7) RETURNING n") == [(1,)]
     assert as_role(server, READER, tcp_database, "SELECT m FROM frem_later") == [(7,)]
+    assert as_role(server, READER, tcp_database, "SELECT last_value FROM frem_later_n_seq") == [(1,)]  # for backups
 
 
 def test_a_worker_without_tables_is_told_who_makes_them(server, tcp_server):
@@ -145,14 +169,12 @@ def test_a_worker_without_tables_is_told_who_makes_them(server, tcp_server):
         tcp_server.drop(empty)
 
 
+@pytest.mark.usefixtures("_no_roles")
 def test_an_owner_without_the_right_to_make_roles_is_told_what_to_do(tcp_server, run_cli):
     name = tcp_server.create()
     tcp_server.execute("CREATE ROLE frem_plain LOGIN PASSWORD 'plain'", f"ALTER DATABASE {name} OWNER TO frem_plain")
     tcp_server.passwords["frem_plain"] = "plain"
     try:
-        for role in (WORKER, READER):
-            if _has_role(tcp_server, role):
-                tcp_server.execute(f"ALTER ROLE {role} RENAME TO {role}_aside")
         told = run_cli("db", "init", FREM_SEARCH_STORAGE=tcp_server.url("frem_plain", database=name))
         assert told.returncode == 1
         assert "permission denied to create role. Run this as the database's owner with CREATEROLE" in told.stderr
@@ -163,15 +185,114 @@ def test_an_owner_without_the_right_to_make_roles_is_told_what_to_do(tcp_server,
         assert f"role {WORKER}: was there" in told.stdout
     finally:
         tcp_server.drop(name)
-        for role in (WORKER, READER):
-            tcp_server.execute(f"DROP ROLE IF EXISTS {role}")
-            if _has_role(tcp_server, f"{role}_aside"):
-                tcp_server.execute(f"ALTER ROLE {role}_aside RENAME TO {role}")
         tcp_server.execute("DROP ROLE frem_plain")
 
 
-def _has_role(server, role):
-    return bool(server.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", values=[role]))
+@pytest.mark.usefixtures("_no_roles")
+def test_a_role_without_a_password_is_told_to_be_of_no_use_yet(tcp_server, tcp_database, run_cli):
+    told = run_cli("db", "init", FREM_SEARCH_STORAGE=tcp_server.url(database=tcp_database))
+    assert told.returncode == 0, told.stderr
+    assert f"role {WORKER}: made, no password: it cannot log in yet\n" in told.stdout
+
+
+def test_no_other_role_of_the_server_enters_unless_it_is_let_in(tcp_server, tcp_database):
+    example = re.findall(
+        r"^    ((?:CREATE|GRANT) .*frem_viewer.*);$", (DOCS / "dashboard.md").read_text(), re.MULTILINE
+    )
+    assert len(example) == 3
+    tcp_server.execute(example[0])
+    tcp_server.passwords["frem_viewer"] = "change-me"
+    try:
+        assert as_role(tcp_server, "frem_viewer", tcp_database, "SELECT 1") == [(1,)]  # any role enters a new one
+        with open_storage(tcp_server.url(database=tcp_database)) as storage:
+            make_roles(storage, {})
+        with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
+            as_role(tcp_server, "frem_viewer", tcp_database, "SELECT 1")
+        statements = [statement.replace("DATABASE frem ", f"DATABASE {tcp_database} ") for statement in example[1:]]
+        tcp_server.execute(*statements, database=tcp_database)
+        assert as_role(tcp_server, "frem_viewer", tcp_database, "SELECT count(*) FROM trials") == [(0,)]
+    finally:
+        tcp_server.execute("DROP OWNED BY frem_viewer", database=tcp_database)
+        tcp_server.execute("DROP ROLE frem_viewer")
+
+
+def test_who_is_not_the_owner_is_told_who_is(server, tcp_database, url, run_cli, tmp_path):
+    server.execute(f"REVOKE INSERT ON trials FROM {WORKER}", database=tcp_database)
+    told = run_cli("db", "init", FREM_SEARCH_STORAGE=url(WORKER))
+    assert told.returncode == 1
+    assert f"role {WORKER} does not own the tables; frem_owner does. Run `frem-search db` as frem_owner" in told.stderr
+    assert "ALTER TABLE" not in told.stderr  # a worker is not meant to own them
+    with open_storage(url(READER), is_read_only=True) as storage:
+        back_up(storage, tmp_path / "a.dump")
+    told = run_cli("db", "restore", tmp_path / "a.dump", FREM_SEARCH_STORAGE=url(WORKER))
+    assert told.returncode == 1
+    assert f"role {WORKER} does not own the tables; frem_owner does" in told.stderr
+    query = f"SELECT has_table_privilege('{WORKER}', 'trials', 'INSERT')"
+    assert server.execute(query, database=tcp_database) == [(False,)]
+    assert run_cli("db", "init", FREM_SEARCH_STORAGE=url("frem_owner")).returncode == 0
+    assert server.execute(query, database=tcp_database) == [(True,)]
+
+
+def test_rights_that_the_server_does_not_grant_are_told(server, tcp_database, url, run_cli):
+    # To grant what is somebody else's is a warning of the server, and nothing happens.
+    server.execute(
+        f"ALTER DATABASE {tcp_database} OWNER TO postgres", "GRANT USAGE, CREATE ON SCHEMA public TO frem_owner",
+        f"GRANT CONNECT ON DATABASE {tcp_database} TO frem_owner",
+        f"REVOKE CONNECT ON DATABASE {tcp_database} FROM {READER}",
+        database=tcp_database,
+    )  # fmt: skip
+    told = run_cli("db", "init", FREM_SEARCH_STORAGE=url("frem_owner"))
+    assert told.returncode == 1
+    assert f"role {READER} still lacks CONNECT on the database, which is not this role's to grant" in told.stderr
+
+
+def test_upgrade_looks_at_the_version_first(server, tcp_database, url, run_cli):
+    for role in (WORKER, READER):
+        told = run_cli("db", "upgrade", FREM_SEARCH_STORAGE=url(role))
+        assert (told.returncode, "the tables are up to date" in told.stdout) == (0, True), told.stderr
+    server.execute("UPDATE alembic_version SET version_num = 'v3.0.0.d'", database=tcp_database)
+    told = run_cli("db", "upgrade", FREM_SEARCH_STORAGE=url(WORKER))
+    assert told.returncode == 1
+    assert f"role {WORKER} does not own the tables; frem_owner does" in told.stderr
+
+
+def test_tables_that_another_owner_makes_after_an_upgrade_get_their_rights(server, tcp_database, url, run_cli):
+    told = run_cli("db", "upgrade", FREM_SEARCH_STORAGE=url("postgres"))
+    assert told.returncode == 0, told.stderr
+    as_role(server, "postgres", tcp_database, "CREATE TABLE frem_later (n serial, m integer)")
+    assert as_role(server, WORKER, tcp_database, "INSERT INTO frem_later (m) VALUES (7) RETURNING n") == [(1,)]
+    assert as_role(server, READER, tcp_database, "SELECT m FROM frem_later") == [(7,)]
+
+
+def test_doctor_makes_no_tables(tcp_server, tcp_database, run_cli):
+    told = run_cli("doctor", FREM_SEARCH_STORAGE=tcp_server.url("postgres", database=tcp_database))
+    assert told.returncode == 0, told.stdout
+    assert "warn  schema       no tables yet. Made by the first search, or by `frem-search db init`" in told.stdout
+    query = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    assert tcp_server.execute(query, database=tcp_database) == [(0,)]
+    told = run_cli("db", "init", FREM_SEARCH_STORAGE=tcp_server.url(database=tcp_database))
+    assert told.returncode == 0, told.stderr
+
+
+def test_tables_of_somebody_else_can_be_handed_over(tcp_server, tcp_database, run_cli, tmp_path):
+    with open_storage(tcp_server.url("postgres", database=tcp_database)):
+        pass
+    address = tcp_server.url(database=tcp_database)
+    for command in (("init",), ("upgrade",)):
+        told = run_cli("db", *command, FREM_SEARCH_STORAGE=address)
+        assert told.returncode == 1
+        assert "role frem_owner does not own the tables; postgres does. Run `frem-search db` as postgres" in told.stderr
+        assert "give each table to frem_owner: ALTER TABLE ... OWNER TO frem_owner (docs/containers.md" in told.stderr
+    (statement,) = re.findall(
+        r"^    (SELECT format\((?:.|\n)*?) \\gexec$", (DOCS / "containers.md").read_text(), re.MULTILINE
+    )
+    for (each,) in tcp_server.execute(statement.replace("OWNER TO frem", "OWNER TO frem_owner"), database=tcp_database):
+        tcp_server.execute(each, database=tcp_database)
+    told = run_cli("db", "init", FREM_SEARCH_STORAGE=address)
+    assert told.returncode == 0, told.stderr
+    with open_storage(address) as storage:  # which drops and makes anew whatever there is
+        back_up(storage, tmp_path / "a.dump")
+        assert restore(storage, tmp_path / "a.dump") == (0, 0)
 
 
 @pytest.mark.parametrize(("level", "zone"), [("repeatable read", "Asia/Tokyo"), ("serializable", "America/New_York")])
@@ -344,16 +465,32 @@ def test_a_password_file_that_is_no_line_is_refused(tcp_server, tmp_path, monkey
         pass
 
 
-def test_doctor_says_what_a_role_may_do(server, url, tmp_path):
+def test_doctor_says_what_a_role_may_do(server, tcp_database, url, tmp_path):
     def rights(role):
         findings = examine(lambda: open_storage(url(role)), artifacts=str(tmp_path / "artifacts"))
         return next(finding.line() for finding in findings if finding.check == "rights")
 
     assert rights(WORKER) == "ok    rights       role frem_worker reads, writes and deletes; makes no tables"
-    assert rights(READER).startswith("FAIL  rights       role frem_reader may not DELETE on frem_curve")
-    assert "enough for status, trials, figures and dashboard" in rights(READER)
+    assert rights(READER).startswith(
+        "FAIL  rights       role frem_reader lacks DELETE, INSERT, UPDATE, USAGE on frem_curve"
+    )
+    assert "for status, trials, figures and dashboard reading is enough" in rights(READER)
     assert rights("frem_owner") == "ok    rights       role frem_owner reads, writes and deletes; makes tables"
     assert rights("postgres").startswith("warn  rights       role postgres is a superuser")
+    server.execute(f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM {WORKER}", database=tcp_database)
+    assert rights(WORKER).startswith("FAIL  rights       role frem_worker lacks USAGE on studies_study_id_seq and ")
+    assert "`frem-search db init`, run by the owner, grants" in rights(WORKER)
+
+
+def test_doctor_tells_a_worker_without_tables_who_makes_them(server, tcp_server, run_cli):
+    empty = tcp_server.create()
+    try:
+        told = run_cli("doctor", FREM_SEARCH_STORAGE=server.url(WORKER, database=empty))
+    finally:
+        tcp_server.drop(empty)
+    assert told.returncode == 1
+    expected = "role frem_worker may not make the tables, and there are none yet. Run `frem-search db init` as the"
+    assert f"FAIL  rights       {expected}" in told.stdout
 
 
 def test_a_search_outlives_a_restart_of_the_server(server, url, start_cli, tiny_study, tcp_database):

@@ -7,6 +7,7 @@ import torch
 
 from frem_search import speed as speed_module
 from frem_search.data.dataset import load_dataset
+from frem_search.errors import DeviceError, DeviceMemoryError
 from frem_search.networks.unet import UNet
 from frem_search.space import Fixed
 from frem_search.speed import Arrangement, Speed, Trainee, best, measure
@@ -66,7 +67,18 @@ def test_a_device_without_memory_has_no_speed(trainee, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(UNet, "forward", fail)
-    assert "out of memory" in measure(trainee, Arrangement(cohort=2, layout="stacked"), seconds=0).error
+    error = measure(trainee, Arrangement(cohort=2, layout="stacked"), seconds=0).error
+    assert error == f"cpu: out of memory: OutOfMemoryError. {DeviceMemoryError.remedy}"
+
+
+def test_a_gpu_that_failed_is_told_and_nothing_more_is_timed_on_it(trainee, monkeypatch):
+    def fail():
+        message = "CUDA error: unspecified launch failure"
+        raise torch.AcceleratorError(message)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(DeviceError, match="^cuda:99: failed: CUDA error: unspecified launch failure"):
+        measure(replace(trainee, device=torch.device("cuda:99")), Arrangement(), seconds=0)
 
 
 def test_a_shortened_epoch_has_two_batches_and_as_large_a_share_to_validate(trainee):

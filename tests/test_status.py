@@ -2,9 +2,9 @@
 
 from datetime import timedelta
 
-from frem_search.cli.table import trials_table
+from frem_search.cli.table import trials_csv, trials_table
 from frem_search.record import StudyRecord, TrialRecord
-from frem_search.status import STATES, describe_trial, status_json, status_lines, time_left, trials_json
+from frem_search.status import STATES, describe_trial, end_line, status_json, status_lines, time_left, trials_json
 
 CONTRACT = {
     "n_epochs": 10,
@@ -40,8 +40,8 @@ def test_a_study_in_the_middle():
         make_trial(0, value=0.5, seconds=100.0),
         make_trial(1, value=0.75, seconds=200.0),
         make_trial(2, "pruned", 0.9, seconds=30.0, reason="below"),
-        make_trial(3, "running", epoch=4, worker="host:1 cpu"),
-        make_trial(4, "waiting", epoch=2),
+        make_trial(3, "running", epoch=4, worker="host:1 cpu", attempts=1, total_attempts=2),
+        make_trial(4, "waiting", epoch=2, attempts=1, total_attempts=1, reason="its worker is gone"),
         make_trial(5, "fail", reason="RuntimeError: a\n\nlong  story"),
         make_trial(6, "enqueued"),
     )
@@ -49,12 +49,31 @@ def test_a_study_in_the_middle():
         "  trials    4 of 10 finished: 2 complete, 1 pruned, 1 running, 1 waiting, 1 enqueued, 1 fail",
         "  best      trial 1: mean_iou 0.7500 with B = 1, X = 333.3",
         "  training  trial 3, epoch 4 of 10, on host:1 cpu",
-        "  waiting   trial 4, epoch 2: its worker is gone",
+        "  waiting   trial 4, epoch 2, 1 of 3 attempts spent: its worker is gone",
         "  fail      trial 5, epoch 0: RuntimeError: a long story",
         "  time left about 0:11:00",
     ]
     assert status_json(record)["best"] == {"number": 1, "value": 0.75, "params": {"B": 1, "X": 1000.0 / 3}}
-    assert status_json(record)["workers"] == [{"worker": "host:1 cpu", "trial": 3, "epoch": 4}]
+    assert status_json(record)["workers"] == [
+        {"worker": "host:1 cpu", "trial": 3, "epoch": 4, "attempts": 1, "total_attempts": 2}
+    ]
+    assert status_json(record)["waiting"] == [
+        {"trial": 4, "epoch": 2, "attempts": 1, "total_attempts": 1, "reason": "its worker is gone"}
+    ]
+    assert [status_json(record)[key] for key in ("score", "n_epochs", "time_left_s")] == ["mean_iou", 10, 660.0]
+
+
+def test_attempts_are_told_from_the_second_on_and_of_waiting_trials_from_the_first():
+    trials = [
+        make_trial(0, "running", attempts=2),
+        make_trial(1, "running"),
+        make_trial(2, "waiting", reason="stopped"),
+    ]
+    assert status_lines(make_record(*trials))[4:] == [
+        "  training  trial 0, epoch 0 of 10, on , attempt 2 of 3",
+        "  training  trial 1, epoch 0 of 10, on ",
+        "  waiting   trial 2, epoch 0: stopped",
+    ]
 
 
 def test_among_equal_trials_the_first_is_the_best():
@@ -66,6 +85,27 @@ def test_workers_side_by_side_share_the_time_left():
     one, two = make_trial(1, "running"), make_trial(2, "running")
     assert time_left(make_record(done, one, n_trials=5)) == timedelta(minutes=4)
     assert time_left(make_record(done, one, two, n_trials=5)) == timedelta(minutes=2)
+
+
+def test_where_nobody_works_the_time_left_says_for_whom_it_is():
+    record = make_record(make_trial(0, value=0.5, seconds=60.0), n_trials=5)
+    assert status_lines(record)[-1] == "  time left about 0:04:00 with one worker"
+    assert status_json(record)["time_left_s"] == 240.0
+    assert status_json(make_record())["time_left_s"] is None
+
+
+def test_work_ends_because_the_budget_is_spent_or_was_stopped():
+    done = make_trial(0, value=0.5)
+    assert end_line(make_record(done, n_trials=1)) == "budget spent: 1 of 1 trials finished"
+    assert end_line(make_record(done, make_trial(1, "waiting"), n_trials=2)) == "stopped: 1 of 2 trials finished"
+
+
+def test_the_history_of_attempts_breaks_no_table():
+    history = {"attempts": [{"worker": "host:1", "epoch": 2, "ended": "its worker is gone"}]}
+    trial = TrialRecord(0, "running", None, {"B": 1, "X": 2.0}, history, None, None, {}, attempts=2, total_attempts=4)
+    (shown,) = trials_json(make_record(trial))
+    assert (shown["user_attrs"], shown["attempts"], shown["total_attempts"]) == (history, 2, 4)
+    assert len(trials_csv(make_record(trial)).splitlines()) == 2
 
 
 def test_a_finished_study_has_no_time_left():

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from sqlalchemy import exc
 
 from frem_search.database_url import normalise_url
-from frem_search.errors import StorageError
+from frem_search.errors import StorageError, UsageError
 from frem_search.samplers import make_sampler
 from frem_search.storage import Storage, is_lost_connection, open_storage
 
@@ -57,7 +57,7 @@ def test_every_spelling_of_postgresql_gets_our_driver(scheme):
 
 @pytest.mark.parametrize("text", ["sqlite:///file.db", "mysql://db/frem"])
 def test_other_databases_are_refused(text):
-    with pytest.raises(StorageError, match=r"Searches need PostgreSQL; leave --storage out"):
+    with pytest.raises(UsageError, match=r"Searches need PostgreSQL; leave --storage out"):
         normalise_url(text)
 
 
@@ -70,16 +70,23 @@ def test_other_databases_are_refused(text):
     ],
 )  # fmt: skip
 def test_what_is_no_url_is_refused_without_being_repeated(text):
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(UsageError) as caught:
         normalise_url(text)
     assert "Percent-encode special characters" in str(caught.value)
     assert "c@r" not in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
+def test_no_statement_of_ours_waits_for_ever(storage):
+    with storage.engine.connect() as connection:
+        for name in ("statement_timeout", "lock_timeout"):
+            assert connection.execute(sa.text(f"SHOW {name}")).scalar() == "1min"
+        assert connection.execute(sa.text("SHOW idle_in_transaction_session_timeout")).scalar() in ("30s", "2min")
+
+
 @pytest.mark.parametrize("name", ["sslpassword", "Password", "passwd", "dsn", "dbname"])
 def test_a_setting_that_may_hold_a_secret_is_refused_without_being_repeated(name):
-    with pytest.raises(StorageError, match=rf"but got {name}\. A password stands before the host") as caught:
+    with pytest.raises(UsageError, match=rf"but got {name}\. A password stands before the host") as caught:
         normalise_url(f"postgresql://me@db/frem?sslmode=require&{name}=secret")
     assert "secret" not in str(caught.value)
 
@@ -89,9 +96,7 @@ def test_a_setting_that_may_hold_a_secret_is_refused_without_being_repeated(name
 )
 def test_an_unreachable_server_is_named_without_the_password(url, caplog):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(
-        StorageError, match=r"storage postgresql\+psycopg2://me.*127.0.0.1:1/frem.*Check that it runs"
-    ) as caught:
+    with pytest.raises(StorageError, match=r"storage postgresql://me.*127.0.0.1:1/frem.*Check that it runs") as caught:
         Storage(normalise_url(url))
     told = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert SECRET not in told

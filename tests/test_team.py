@@ -9,7 +9,7 @@ from frem_search.errors import UsageError, WorkerError
 from frem_search.join import open_worker
 from frem_search.launch.team import End, Team
 from frem_search.study_file import load_study_file
-from frem_search.worker import TrialEvent
+from frem_search.trial_event import TrialEvent
 
 
 class Seat:

@@ -1,6 +1,7 @@
 """Training: what a member becomes depends on its parameters and the seed, not on company or interruptions."""
 
 import copy
+import hashlib
 import io
 import itertools
 import math
@@ -16,14 +17,21 @@ from frem_search.data.batches import epoch_batches
 from frem_search.data.borders import border_distances
 from frem_search.data.dataset import Dataset
 from frem_search.data.folds import Split
-from frem_search.errors import DatasetError, DeviceError
+from frem_search.errors import DatasetError, DeviceError, DeviceMemoryError, UsageError
 from frem_search.networks import build_network, enhancement
 from frem_search.training import cohort as cohort_module
 from frem_search.training import device as device_module
 from frem_search.training import prepare as prepare_module
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
-from frem_search.training.device import best_precision, find_device, make_repeatable
+from frem_search.training.device import (
+    best_precision,
+    device_errors,
+    find_device,
+    is_of_device,
+    is_out_of_memory,
+    make_repeatable,
+)
 from frem_search.training.evaluate import EVAL_BATCH, predict, score_images
 from frem_search.training.folds import Folds
 from frem_search.training.layouts import in_turn
@@ -261,6 +269,76 @@ def test_a_torn_or_foreign_checkpoint_leaves_the_member_as_it_was(stored, spoil)
     assert_same_weights(before[0], after[0])
     assert before[1]["state"] == after[1]["state"] == {}
     assert before[2:] == after[2:]
+
+
+def changed(**changes):
+    """Return what packs a checkpoint anew in which keys of the whole, or of its fold, have other values."""
+
+    def change(content):
+        held = torch.load(io.BytesIO(content[:-32]), weights_only=True)
+        (fold,) = held["folds"]
+        for name, value in changes.items():
+            of = fold if name in fold else held
+            of[name] = value(of[name]) if callable(value) else value
+            if of[name] is None:
+                del of[name]
+        return packed(held)
+
+    return change
+
+
+def with_state(key, value):
+    return lambda optimizer: optimizer | {"state": {0: optimizer["state"][0] | {key: value}}}
+
+
+UNUSABLE = {
+    "nothing": lambda _: b"",
+    "text": lambda _: b"whole, but of another kind",
+    "half": lambda content: content[: len(content) // 2],
+    "a pickle that torch.load refuses": lambda _: packed({"format": print}),
+    "a tensor": lambda _: packed(torch.ones(3)),
+    "a list": lambda _: packed([1]),
+    "another program's": lambda _: packed({"epoch": 3}),
+    "of the format before": changed(format=1),
+    "without an identity": changed(identity=None),
+    "without folds": changed(folds=None),
+    "folds that are none": changed(folds=[3]),
+    "of more folds": changed(folds=lambda folds: folds * 2),
+    "without the scores of images": changed(image_scores=None),
+    "without a curve": changed(curve=None),
+    "without an optimizer": changed(optimizer=None),
+    "an optimizer without groups": changed(optimizer={"state": {}, "param_groups": []}),
+    "an optimizer of two groups": changed(optimizer=lambda o: o | {"param_groups": o["param_groups"] * 2}),
+    "an optimizer of fewer weights": changed(
+        optimizer=lambda o: o | {"param_groups": [o["param_groups"][0] | {"params": [0, 1]}]}
+    ),
+    "moments of other weights": changed(optimizer=with_state("exp_avg", torch.ones(3))),
+    "no second moment": changed(optimizer=with_state("exp_avg_sq", None)),
+    "best weights of another network": changed(best_weights={"head.weight": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("spoil", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_whole_checkpoint_that_does_not_fit_leaves_the_member_as_it_was(stored, spoil):
+    member = make_member()
+    before = untouched(member)
+    content = spoil(stored)
+    digest = hashlib.sha256(content).digest()
+    assert not load_checkpoint(Folds(0, [member]), content + digest, identity=IDENTITY)
+    after = untouched(member)
+    assert_same_weights(before[0], after[0])
+    assert before[1]["state"] == after[1]["state"] == {}
+    assert before[2:] == after[2:]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("CUDA error: broken")])
+def test_a_checkpoint_that_the_device_cannot_take_is_not_taken_for_an_unusable_one(stored, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        load_checkpoint(Folds(0, [make_member()]), stored, identity=IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -803,16 +881,79 @@ def test_a_member_trains_on_the_gpu_and_goes_on_there_from_a_checkpoint():
     assert all(value.is_cuda for value in fresh.best_weights.values())
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "cpu:", "CUDA", "cuda:-1", "cuda:99999999999999999999"])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "cuda:x", "cpu:", "cpu:7", "CUDA", "cuda:-1", "cuda:99999999999999999999", "mps", "xpu:0"]
+)
 def test_a_device_that_is_none_is_told_with_what_is(name):
-    with pytest.raises(DeviceError, match=r"^--device: expected auto, cpu, cuda or cuda:N, but got "):
+    with pytest.raises(UsageError, match=r"^--device: expected auto, cpu, cuda or cuda:N, but got "):
         find_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "mps", "meta", "xpu:0"])
-def test_a_device_that_is_not_here_is_told(name):
-    with pytest.raises(DeviceError, match=rf"^--device {name}: this machine has \d+ CUDA device"):
-        find_device(name)
+def test_a_device_that_is_not_here_is_told():
+    with pytest.raises(DeviceError, match=r"^--device cuda:99: this machine has \d+ CUDA device"):
+        find_device("cuda:99")
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in its documentation."),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+    MemoryError("Unable to allocate 4.00 TiB for an array with shape (1099511627776,) and data type float32"),
+]
+BROKEN = [
+    torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure'"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+]
+OF_THE_CODE = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)"),
+    ValueError("a text that speaks of an error: out of memory"),
+    ZeroDivisionError("a bug in a network"),
+]
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error)[:30]}"
+
+
+@pytest.mark.parametrize("error", NO_MEMORY + BROKEN + OF_THE_CODE, ids=first_line)
+def test_an_error_is_the_devices_or_the_codes(error):
+    assert is_out_of_memory(error) == (error in NO_MEMORY)
+    assert is_of_device(error) == (error not in OF_THE_CODE)
+    expected = DeviceMemoryError if error in NO_MEMORY else DeviceError if error in BROKEN else type(error)
+    with pytest.raises(expected) as raised, device_errors(CPU):
+        raise error
+    assert type(raised.value) is expected
+    if error in OF_THE_CODE:
+        assert raised.value is error
+    else:
+        says = "cpu: out of memory: " if error in NO_MEMORY else "cpu: failed: "
+        assert str(raised.value).startswith(says + (str(error).split("\n")[0].removesuffix(".") or "MemoryError") + ".")
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY[-1], BROKEN[0], BROKEN[-1]], ids=first_line)
+@pytest.mark.parametrize("train", [lambda c, m: c.train_epoch(m[0]), lambda c, m: c.train_epoch_stacked(m)])
+def test_an_error_of_the_device_concerns_all_members_and_is_not_tried_again(error, train):
+    n_calls = []
+
+    def fail(_):
+        n_calls.append(1)
+        raise error
+
+    members = [make_member(key) for key in (0, 1)]
+    for member in members:
+        member.network.forward = fail
+    with pytest.raises(type(error)) as raised:
+        train(make_cohort(), members)
+    assert raised.value is error
+    assert n_calls == [1]
+    assert not any(member.has_ended for member in members)
 
 
 @pytest.mark.parametrize(("n_devices", "expected"), [(0, "cpu"), (2, "cuda:0")])

@@ -1,6 +1,7 @@
 """The worker: whatever interrupts it, a search comes to the same trials; what fails says why."""
 
 import math
+from contextlib import closing
 
 import numpy as np
 import optuna
@@ -205,6 +206,132 @@ def test_a_worker_that_lost_its_trial_goes_on_with_the_next(search, do_nothing, 
     assert list(search.study.trials[0].intermediate_values) == [1]
 
 
+def test_a_lost_trial_is_noticed_at_the_next_epoch_though_nothing_is_due(search, do_nothing, storage):
+    """Renewal has found it out; reports and checkpoints are far apart."""
+    objective = do_nothing(500)
+    worker = search(objective, n_trials=1)
+    for event in worker.work():
+        if event.epoch == 12:
+            next(iter(worker._leases._held.values())).is_lost = True
+        if event.kind == "lost":
+            break
+    assert objective.n_trained == 13
+    assert "another worker took it while this one was out of touch" in event.reason
+    assert worker._leases._held == {}
+
+
+@pytest.mark.parametrize("n_epochs", [3, 9])  # at its last epoch, and before
+def test_a_worker_whose_lease_was_taken_overwrites_no_file(search, do_nothing, storage, n_epochs):
+    def take(number, epoch):
+        if epoch == 3:
+            objective.checkpoints[0] = "of its next worker"
+            with storage.engine.begin() as connection:
+                connection.execute(sa.text("UPDATE frem_lease SET token = 'x', worker = 'x', boot_id = 'x'"))
+
+    objective = do_nothing(n_epochs, before_epoch=take)
+    objective.finish = lambda number: pytest.fail("weights were written")
+    events = []
+    worker = search(objective, n_trials=1, checkpoint_every_s=0, is_stopping=lambda: "lost" in events)
+    for event in worker.work():
+        events.append(event.kind)  # noqa: PERF401 is_stopping looks at it meanwhile
+    assert events[-1] == "lost"
+    assert objective.checkpoints == {0: "of its next worker"}
+    assert objective.discarded == []
+
+
+def test_a_trial_that_somebody_else_finished_ends_nothing_else(search, do_nothing, storage):
+    def finish(number, epoch):
+        if (number, epoch) == (0, 2):
+            storage.optuna.set_trial_state_values(search.study.trials[0]._trial_id, TrialState.FAIL)
+
+    events = list(search(do_nothing(4, before_epoch=finish), n_trials=2, n_slots=2).work())
+    assert [(event.kind, event.number) for event in events if event.kind not in ("epoch", "claimed")] == [
+        ("lost", 0),
+        ("complete", 1),
+    ]
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_an_adopted_trial_is_stored_after_its_first_epoch(search, do_nothing):
+    first = do_nothing(5)
+    list(search(first, n_trials=1, is_stopping=lambda: first.n_trained >= 2).work())
+    second = do_nothing(5, checkpoints=first.checkpoints)
+    for event in search(second, n_trials=1, checkpoint_every_s=3600).work():
+        if event.kind == "epoch" and event.epoch == 4:
+            assert second.checkpoints[0][0] == 3
+
+
+def test_an_adopted_trial_is_pruned_before_it_is_trained_further(search, do_nothing):
+    scores = lambda params, epoch: 0.9 if objective_is_good[0] else 0.1  # noqa: E731
+    objective_is_good = [True]
+    median = {"n_startup_trials": 2, "n_warmup_epochs": 0}
+    search_median = lambda objective, **of: search(objective, pruner="median", settings=median, **of)  # noqa: E731
+    list(search_median(do_nothing(4, score=scores), n_trials=4).work())
+    objective_is_good[0] = False
+    objective = do_nothing(4, score=scores)
+    stop = search_median(objective, n_trials=5, is_stopping=lambda: objective.n_trained >= 1)
+    stop._leases.should_prune = lambda *_, **__: False  # as if it had been killed before it asked
+    assert [event.kind for event in stop.work()] == ["claimed", "epoch", "released"]
+    again = do_nothing(4, score=scores, checkpoints=objective.checkpoints)
+    assert [event.kind for event in search_median(again, n_trials=5).work()] == ["adopted", "pruned"]
+    assert again.n_trained == 0
+
+
+def test_who_adopts_a_trial_tells_where_it_goes_on_and_what_was_set_aside(search, do_nothing):
+    first = do_nothing(5)
+    list(search(first, n_trials=1, is_stopping=lambda: first.n_trained >= 2).work())
+    second = do_nothing(5, checkpoints=first.checkpoints)
+    with closing(search(second, n_trials=1).work()) as events:
+        event = next(events)
+    assert (event.kind, event.epoch, event.reason) == ("adopted", 2, "")
+    third, admit = do_nothing(5), do_nothing.admit
+
+    def without_checkpoint(number, params):
+        trial = admit(third, number, params)
+        trial.set_aside = "checkpoint.pt.unusable"
+        return trial
+
+    third.admit = without_checkpoint
+    with closing(search(third, n_trials=1).work()) as events:
+        event = next(events)
+    assert (event.kind, event.epoch, event.reason) == ("adopted", 0, "checkpoint.pt.unusable")
+
+
+def test_a_finished_trial_tells_how_far_the_study_is_and_whether_it_leads(search, do_nothing):
+    list(search(do_nothing(score=lambda params, epoch: 0.5), n_trials=2).work())
+    events = search(do_nothing(score=lambda params, epoch: 0.4), n_trials=3).work()
+    assert [(e.n_finished, e.is_best) for e in events if e.kind == "complete"] == [(3, False)]
+    events = search(do_nothing(score=lambda params, epoch: 0.6), n_trials=4).work()
+    assert [(e.n_finished, e.is_best) for e in events if e.kind == "complete"] == [(4, True)]
+
+
+def test_what_killed_workers_left_is_swept_at_the_beginning_and_at_the_end(search, do_nothing):
+    objective = do_nothing()
+    list(search(objective, n_trials=2).work())
+    assert objective.swept == [[], [0, 1]]
+
+
+def test_files_go_when_the_storage_knows_the_end_and_not_before(search, do_nothing, storage):
+    def take():
+        with storage.engine.begin() as connection:
+            connection.execute(sa.text("UPDATE frem_lease SET token = 'x', worker = 'x', boot_id = 'x'"))
+        return {"seconds": 1.0}
+
+    objective = do_nothing()
+    objective.provenance = lambda number: take()  # between the last file and the tell
+    events = []
+    for event in search(objective, n_trials=1, is_stopping=lambda: "lost" in events).work():
+        events.append(event.kind)  # noqa: PERF401 is_stopping looks at it meanwhile
+    assert events[-1] == "lost"
+    assert objective.discarded == []
+
+
+def test_a_failed_trial_leaves_no_checkpoint(search, do_nothing):
+    objective = do_nothing(before_epoch=raising(ZeroDivisionError("division by zero"), at=3))
+    list(search(objective, n_trials=1, checkpoint_every_s=0).work())
+    assert objective.discarded == [(0, False)]
+
+
 def test_a_code_error_in_a_trial_that_was_lost_does_not_end_the_worker(search, do_nothing, storage):
     def take(number, epoch):
         if number == 0:
@@ -289,6 +416,18 @@ def test_parameters_that_nothing_takes_fail_the_trial_and_not_the_worker(search,
     assert "expected at most 16, but got 99" in trials[0].user_attrs["reason"]
 
 
+def test_parameters_of_enqueued_trials_that_nothing_takes_never_end_the_worker(search, do_nothing):
+    objective, admit = do_nothing(), do_nothing.admit
+
+    def refuse(number, params):
+        if number < 4:
+            raise ParameterError("batch_size", "at least 1", 0)
+        return admit(objective, number, params)
+
+    objective.admit = refuse
+    assert kinds(search(objective, n_trials=5)) == ["claimed", "failed"] * 4 + ["claimed", *["epoch"] * 3, "complete"]
+
+
 def test_an_unusable_checkpoint_does_not_hide_that_later_ones_advance(search, do_nothing, storage):
     first = search(do_nothing(), n_trials=1, checkpoint_every_s=0, is_stopping=lambda: False)
     events = first.work()
@@ -309,7 +448,10 @@ def test_a_trial_that_cannot_be_trained_on_any_machine_fails_in_the_end(search, 
     for _ in range(3):
         with pytest.raises(ArtifactError):
             list(search(objective, n_trials=1).work())
-    assert kinds(search(objective, n_trials=1)) == []
+    (event,) = search(objective, n_trials=1).work()
+    assert (event.kind, event.number, event.n_finished) == ("failed", 0, 1)
+    assert "3 attempts in a row advanced no checkpoint" in event.reason
+    assert [0] in objective.swept
     (trial,) = search.study.trials
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["reason"].endswith("advanced no checkpoint; the last ended: broken")

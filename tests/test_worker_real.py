@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import signal
 import time
@@ -16,11 +17,14 @@ from optuna.trial import TrialState
 from searches import curves
 
 from frem_search import join as join_module
+from frem_search.errors import DeviceError
 from frem_search.join import open_worker
 from frem_search.speed import Arrangement
 from frem_search.storage import open_storage
 from frem_search.study import keep_cohort
 from frem_search.study_file import load_study_file
+from frem_search.training import cohort as cohort_module
+from frem_search.training.evaluate import score_images
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +53,13 @@ def real(tiny_study, tmp_path):
     """Run `tiny_study` in a database with the real objective, and give what is left to compare."""
     study_file = load_study_file(str(tiny_study), n_epochs=6)
 
-    def work(storage, *, artifacts="artifacts", stop_after=None, **settings):
+    def work(storage, *, artifacts="artifacts", stop_after=None, on_event=lambda _: None, **settings):
         url, events = str(tmp_path / artifacts), []
         settings |= {"device": "cpu", "is_stopping": lambda: stop_after and events.count("epoch") >= stop_after}
         with open_worker(study_file, storage, artifacts=url, **settings) as (study, worker, _):
             for event in worker.work():
-                events.append(event.kind)  # noqa: PERF401 is_stopping looks at it meanwhile
+                events.append(event.kind)  # is_stopping looks at it meanwhile
+                on_event(event)
         return study, events
 
     return work
@@ -124,20 +129,65 @@ def test_a_torn_or_foreign_checkpoint_is_set_aside_and_changes_nothing(storage, 
     whole_content = checkpoint.read_bytes()
     checkpoint.write_bytes(whole_content[: len(whole_content) // 2])
     real(storage, stop_after=2)
-    assert checkpoint.with_name("checkpoint.pt.unusable").read_bytes() == whole_content[: len(whole_content) // 2]
+    set_aside = checkpoint.with_name("checkpoint.pt.unusable")
+    assert set_aside.read_bytes() == whole_content[: len(whole_content) // 2]
     foreign = torch.load(checkpoint, weights_only=True)
     foreign["identity"]["study"] = "another"
     for fold in foreign["folds"]:
         fold["epoch"] = 5
     buffer = io.BytesIO()
     torch.save(foreign, buffer)
-    checkpoint.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())  # whole, but not ours
+    whole_but_foreign = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    checkpoint.write_bytes(whole_but_foreign)
+    real(storage, stop_after=2)
+    assert set_aside.read_bytes() == whole_but_foreign
     study, events = real(storage)
     assert events.count("complete") == 3
     assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
-    assert (
-        torch.load(checkpoint.with_name("checkpoint.pt.unusable"), weights_only=True)["identity"]["study"] == "another"
-    )
+    assert not list(tmp_path.glob("artifacts/*/*/checkpoint*")), "finished trials need none, whole or set aside"
+
+
+def failing_once(error, in_call):
+    """Return what raises an error in one of its calls and validates in the others."""
+    n_calls = itertools.count(1)
+
+    def fail_once(*args, **kwargs):
+        if next(n_calls) == in_call:
+            raise error
+        return score_images(*args, **kwargs)
+
+    return fail_once
+
+
+def test_a_trial_that_fails_leaves_no_checkpoint(storage, real, tmp_path, monkeypatch):
+    real(storage, stop_after=1)
+    (checkpoint,) = tmp_path.glob("artifacts/*/0/checkpoint.pt")
+    monkeypatch.setattr(cohort_module, "score_images", failing_once(ZeroDivisionError("a bug"), in_call=1))
+    left = {}
+
+    def look(event):
+        left.setdefault(event.kind, list(checkpoint.parent.iterdir()))
+
+    study, events = real(storage, stop_after=1, on_event=look)
+    assert events[:2] == ["adopted", "failed"]
+    assert study.optuna.trials[0].user_attrs["reason"] == "ZeroDivisionError: a bug"
+    assert (left["adopted"], left["failed"]) == ([checkpoint], [])
+
+
+@pytest.mark.parametrize("in_call", [1, 4])
+def test_a_device_that_fails_ends_the_worker_and_the_next_one_goes_on(
+    storage, real, uninterrupted, monkeypatch, in_call
+):
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it.")
+    monkeypatch.setattr(cohort_module, "score_images", failing_once(error, in_call))
+    with pytest.raises(DeviceError, match=r"^cpu: failed: CUDA error: unspecified launch failure\. This process"):
+        real(storage)
+    (trial,) = optuna.load_study(study_name="tiny", storage=storage.optuna).trials
+    assert trial.state is TrialState.RUNNING
+    study, events = real(storage)
+    assert events[0] == "adopted"
+    assert events.count("complete") == 3
+    assert (outcome(study), without_seconds(curves(storage))) == uninterrupted
 
 
 def test_a_search_killed_again_and_again_comes_to_bitwise_the_same(

@@ -1,5 +1,6 @@
 """The `frem-search` command: parse, call one function, print."""
 
+import logging
 import os
 import sys
 
@@ -46,6 +47,7 @@ def _options(
 def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
     interrupt_on_signals()
+    logging.basicConfig()  # warnings alone; else Optuna sets up Alembic's way, which tells each step of an upgrade
     try:
         _require_text()
         status = app(prog_name="frem-search", standalone_mode=False)

@@ -41,8 +41,9 @@ def init(
 ) -> None:
     """Make the tables, and on a server the roles frem_worker and frem_reader.
 
-    Workers that connect as frem_worker write trials and can neither drop nor alter a table; frem_reader reads. Call it
-    as the database's owner, as often as you like: it completes what is missing, and changes a password if you give one.
+    Workers that connect as frem_worker write trials and can neither drop nor alter a table; frem_reader reads; other
+    roles of the server may not enter the database. Call it as its owner, as often as you like: it completes what is
+    missing, and changes a password if you give one.
 
     \b
     $ frem-search db init --storage postgresql://owner@db.example.org/frem --worker-password-file worker.txt
@@ -62,7 +63,8 @@ def init(
     with storage_of(storage) as opened:
         typer.echo(f"{opened.label}: the tables are there")
         for role in make_roles(opened, passwords) if storage is not None else ():
-            password = "password set" if role.has_new_password else "password as before" if not role.is_new else "none"
+            password = "password as before" if not role.is_new else "no password: it cannot log in yet"
+            password = "password set" if role.has_new_password else password
             typer.echo(f"role {role.name}: {'made' if role.is_new else 'was there'}, {password}")
 
 
@@ -74,7 +76,10 @@ def upgrade(storage: StorageOption = None) -> None:
     \b
     $ frem-search db upgrade
     """
+    from frem_search.database.roles import grant_again
+
     with storage_of(storage, upgrades=True) as opened:
+        grant_again(opened)
         typer.echo(f"{opened.label}: the tables are up to date")
 
 
@@ -92,8 +97,8 @@ def backup(
     from frem_search.database.backup import back_up
 
     with storage_of(storage, is_read_only=True) as opened:
-        n_studies, n_trials = back_up(opened, out)
-    typer.echo(f"{out}: {n_studies} studies, {n_trials} trials")
+        counted = back_up(opened, out)
+    typer.echo(f"{out}: {_told(*counted)}")
 
 
 def restore(
@@ -103,8 +108,8 @@ def restore(
 ) -> None:
     """Fill a database from a backup, in one transaction: all of it, or nothing is changed.
 
-    A database that has studies is refused; with --force they are replaced. Trials that were in training then are
-    waiting now, and go on from their checkpoints if the artifacts are there.
+    A database that has studies is refused; with --force they are replaced, unless workers train them. Trials that were
+    in training then are waiting now, and go on from their checkpoints if the artifacts are there.
 
     \b
     $ frem-search db restore frem-2026-11-20.dump
@@ -112,5 +117,10 @@ def restore(
     from frem_search.database.backup import restore as restore_database
 
     with storage_of(storage) as opened:
-        n_studies, n_trials = restore_database(opened, file, force=force)
-        typer.echo(f"{opened.label}: {n_studies} studies, {n_trials} trials")
+        counted = restore_database(opened, file, force=force)
+        typer.echo(f"{opened.label}: {_told(*counted)}")
+
+
+def _told(n_studies: int, n_trials: int) -> str:
+    studies, trials = "study" if n_studies == 1 else "studies", "trial" if n_trials == 1 else "trials"
+    return f"{n_studies} {studies}, {n_trials} {trials}"

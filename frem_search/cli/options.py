@@ -143,7 +143,12 @@ def refuse_as_argument(secret: str, *, option: str, remedy: str) -> None:
 
 @contextmanager
 def storage_of(
-    url: str | None, *, upgrades: bool = False, is_read_only: bool = False, n_connections: int = 2
+    url: str | None,
+    *,
+    upgrades: bool = False,
+    is_read_only: bool = False,
+    makes_tables: bool = True,
+    n_connections: int = 2,
 ) -> "Iterator[Storage]":
     """Open the storage of a command.
 
@@ -151,6 +156,7 @@ def storage_of(
         url: What --storage gave.
         upgrades: As `Storage` takes it.
         is_read_only: As `Storage` takes it.
+        makes_tables: As `Storage` takes it.
         n_connections: As `Storage` takes it.
 
     Raises:
@@ -165,22 +171,37 @@ def storage_of(
             "PGPASSFILE."
         )
         refuse_as_argument(url, option="--storage", remedy=remedy)
-    with open_storage(url, upgrades=upgrades, is_read_only=is_read_only, n_connections=n_connections) as storage:
+    with open_storage(
+        url, upgrades=upgrades, is_read_only=is_read_only, makes_tables=makes_tables, n_connections=n_connections
+    ) as storage:
         yield storage
 
 
 def stored_name(study: str, *, quick: bool, dataset: str | None) -> str:
     """Return the name under which a study is stored; without a file of that name, the name as it was given."""
+    from frem_search.study_file import load_study_file
+
+    if is_stored_alone(study, quick=quick, dataset=dataset):
+        return study
+    return load_study_file(study, quick=quick, dataset=dataset).name
+
+
+def is_stored_alone(study: str, *, quick: bool, dataset: str | None) -> bool:
+    """Whether no file has the name that was given, so that it can only be that of a stored study.
+
+    Raises:
+        StudyFileError: There is no file, but the options need one.
+    """
     from frem_search.errors import StudyFileError
-    from frem_search.study_file import find_study_file, load_study_file
+    from frem_search.study_file import find_study_file
 
     try:
         find_study_file(study)
     except StudyFileError:
         if quick or dataset or study.endswith(".toml"):
             raise
-        return study  # a stored study whose file is not here
-    return load_study_file(study, quick=quick, dataset=dataset).name
+        return True
+    return False
 
 
 @contextmanager

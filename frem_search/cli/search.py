@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,13 +27,17 @@ from frem_search.cli.options import (
     StudyOption,
     TrialsOption,
     WorkersOption,
+    artifacts_of,
     record_of,
     storage_of,
 )
-from frem_search.errors import UsageError
+from frem_search.errors import DatabaseAwayError, UsageError
 
 if TYPE_CHECKING:
     from frem_search.record import StudyRecord
+    from frem_search.storage import Storage
+
+STOPPED_PATIENCE_S = 1.0  # with a database that is away, for the last look at a study after a stop
 
 
 def add_to(app: typer.Typer) -> None:
@@ -67,12 +71,12 @@ def run(
     $ frem-search run --study mouse_frem --quick --cohort auto
     $ frem-search run --study mouse_frem --engine ray
     """
-    from frem_search.record import read_record
     from frem_search.status import status_json, status_lines
     from frem_search.stop import stop_on_signals
     from frem_search.study_file import load_study_file
 
     check_engine(engine, gpus_per_worker=gpus_per_worker)
+    _check_early(cohort=cohort, artifacts=artifacts)
     which: dict[str, Any] = {
         "study": study,
         "quick": quick,
@@ -92,9 +96,9 @@ def run(
         cohort=cohort,
         checkpoint_every=checkpoint_every,
     )
-    with stop_on_signals() as stop, storage_of(storage) as opened:
+    with stop_on_signals() as stop, _interrupted_if(stop), storage_of(storage) as opened:
         (run_on_ray if engine == "ray" else run_here)(asked, opened, is_stopping=stop)
-        record = read_record(opened, study_file.name, has_curves=False)
+        record = _tell_end(opened, study_file.name, has_stopped=stop())
     typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
     if stop():
         raise typer.Exit(INTERRUPTED)
@@ -125,9 +129,11 @@ def worker(
     from frem_search.stop import stop_on_signals
     from frem_search.study_file import load_study_file
 
+    _check_early(cohort=cohort, artifacts=artifacts)
     study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
     with (
         stop_on_signals() as stop,
+        _interrupted_if(stop),
         storage_of(storage) as opened,
         open_worker(
             study_file,
@@ -142,8 +148,41 @@ def worker(
         closing(worker.work()) as events,
     ):
         show_progress(events, read_record(opened, study_file.name, has_curves=False))
+        _tell_end(opened, study_file.name, has_stopped=stop())
     if stop():
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_early(*, cohort: str | None, artifacts: str | None) -> None:
+    """Refuse what can be seen to be wrong before images and database are opened."""
+    from frem_search.study import parse_cohort
+
+    artifacts_of(artifacts)
+    if cohort is not None:
+        parse_cohort(cohort)
+
+
+@contextmanager
+def _interrupted_if(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let a command that was asked to stop end as one, although the database is away: its trials wait."""
+    try:
+        yield
+    except DatabaseAwayError as error:
+        if not stop():
+            raise
+        typer.echo(f"stopped; {error}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _tell_end(storage: "Storage", study: str, *, has_stopped: bool) -> "StudyRecord":
+    """Tell how the work on a study ended, and return the study as it is then."""
+    from frem_search.record import read_record
+    from frem_search.status import end_line
+
+    patience_s = STOPPED_PATIENCE_S if has_stopped else 10.0
+    record = read_record(storage, study, has_curves=False, patience_s=patience_s)
+    typer.echo(end_line(record), err=True)
+    return record
 
 
 def status(

@@ -74,8 +74,8 @@ def doctor(
 ) -> None:
     """Examine machine, database and images, and say what to do where something is wrong.
 
-    Run it on a new machine before the first search, and whenever a search will not start. Exit status 1 if anything
-    is FAIL; warn does not keep a search from running.
+    Run it on a new machine before the first search, and whenever a search will not start. It makes no tables. Exit
+    status 1 if anything is FAIL; warn does not keep a search from running.
 
     \b
     $ frem-search doctor --study mouse_frem
@@ -83,7 +83,7 @@ def doctor(
     from frem_search.doctor import examine, secrets_of
 
     def open_storage() -> "AbstractContextManager[Storage]":
-        return storage_of(storage)
+        return storage_of(storage, makes_tables=False)
 
     def load_study() -> "StudyFile | str":
         assert study is not None

@@ -16,6 +16,7 @@ from frem_search.cli.options import (
     StorageOption,
     TrialsOption,
     artifacts_of,
+    is_stored_alone,
     storage_of,
 )
 from frem_search.cli.rows import aligned
@@ -123,6 +124,9 @@ def show(
     """
     from frem_search.study_file import load_study_file
 
+    if stored and is_stored_alone(study, quick=quick, dataset=dataset):
+        _show_stored_alone(study, storage, as_json=as_json)
+        return
     study_file = load_study_file(study, quick=quick, dataset=dataset)
     contract = _contract(study_file.name, storage) if stored else None
     settings = _settings(study_file)
@@ -138,6 +142,18 @@ def show(
     if stored:
         text = "not in the database" if contract is None else json.dumps(contract, indent=2)
         typer.echo(f"\nbegun with: {text}")
+
+
+def _show_stored_alone(name: str, storage: str | None, *, as_json: bool) -> None:
+    """Show a study whose file lies elsewhere: what it was begun with is all that is known of it here."""
+    from frem_search.record import read_record
+
+    with storage_of(storage) as opened:
+        contract = read_record(opened, name, has_curves=False).contract
+    if as_json:
+        typer.echo(json.dumps({"name": name, "contract": contract}, indent=2))
+    else:
+        typer.echo(f"{name}: no such study file here\n\nbegun with: {json.dumps(contract, indent=2)}")
 
 
 def _contract(name: str, storage: str | None) -> dict[str, Any] | None:
@@ -299,8 +315,14 @@ def delete(
         record = read_record(opened, study, has_curves=False)
         if not is_sure:
             _ask(f"{study}: delete {len(record.trials)} trials and their artifacts from {record.storage}?")
-        folder = delete_stored(opened, study, artifacts=artifacts_of(artifacts), force=force)
-    typer.echo(f"{study}: deleted, {len(record.trials)} trials, and what lay in {folder}")
+        removed = delete_stored(opened, study, artifacts=artifacts_of(artifacts), force=force)
+    found = f"and what lay in {removed.url}"
+    if not removed.had_files:
+        found = (
+            f"but nothing lay in {removed.url}; if the study was run with --artifacts elsewhere, remove "
+            f"{removed.name} there"
+        )
+    typer.echo(f"{study}: deleted, {len(record.trials)} trials, {found}")
 
 
 def _ask(question: str) -> None:

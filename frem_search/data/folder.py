@@ -15,7 +15,7 @@ from frem_search.data.cases import Case, read_pairs
 from frem_search.data.dataset import dataset_name
 from frem_search.data.folds import equal_groups, section_folds
 from frem_search.data.nnunet import write_folder
-from frem_search.errors import DatasetError
+from frem_search.errors import DatasetError, UsageError
 from frem_search.home import datasets_folder
 
 
@@ -55,12 +55,12 @@ def _check_names(name: str, class_names: Sequence[str] | None) -> None:
             f"--name: expected a new name of a-z, 0-9 and _, not one of {', '.join(DATASETS)}, but got {name!r}. "
             "It becomes part of the names of studies: choose another."
         )
-        raise DatasetError(message)
+        raise UsageError(message)
     if class_names is not None and (len(set(class_names)) < len(class_names) or len(class_names) < 2):
         message = (
             f"Class names: expected at least two, all different, but got {list(class_names)}. Name every class once."
         )
-        raise DatasetError(message)
+        raise UsageError(message)
 
 
 def _counted_classes(source: Path, cases: Sequence[Case]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from frem_search.data.atomic import build_folder, build_prepared, is_filled
 from frem_search.data.nnunet import read_folder
 from frem_search.data.source import Source
 from frem_search.data.summary import DatasetSummary, summarize, summary_lines
-from frem_search.errors import DatasetError, did_you_mean
+from frem_search.errors import DatasetError, UnknownDatasetError, UsageError, did_you_mean
 from frem_search.home import datasets_folder
 
 __all__ = [
@@ -46,7 +46,7 @@ def prepare(name: str, source: Path, *, folder: Path | None = None, force: bool 
         message = (
             f"{name}: expected a dataset of real images, but got a generated one. It needs no source: use its name."
         )
-        raise DatasetError(message)
+        raise UsageError(message)
     return build_prepared(folder or datasets_folder() / name, lambda beside: write(source, beside), force=force)
 
 
@@ -55,7 +55,7 @@ def synthesize(name: str, *, folder: Path | None = None, force: bool = False) ->
     write = _source(name).synthesize
     if write is None:
         message = f"{name}: expected a generated dataset, but got one of real images. {DATASETS[name].remedy}"
-        raise DatasetError(message)
+        raise UsageError(message)
     target = folder or datasets_folder() / name
     build_folder(target, write, force=force)
     return target
@@ -75,7 +75,7 @@ def find_folder(name: str) -> Path:
         return usual
     if is_filled(path := Path(name).expanduser()):
         return path.resolve()
-    raise DatasetError(_unknown(name))
+    raise _unknown(name)
 
 
 def check(name: str) -> DatasetSummary:
@@ -96,9 +96,10 @@ def list_datasets() -> list[DatasetRow]:
 def _source(name: str) -> Source:
     if name in DATASETS:
         return DATASETS[name]
-    raise DatasetError(_unknown(name))
+    raise _unknown(name)
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str) -> UnknownDatasetError:
     hint, known = did_you_mean(name, DATASETS), ", ".join(DATASETS)
-    return f"Unknown dataset {name!r}.{hint} Known: {known}, or the path of a folder in nnU-Net's layout."
+    message = f"Unknown dataset {name!r}.{hint} Known: {known}, or the path of a folder in nnU-Net's layout."
+    return UnknownDatasetError(message)

@@ -35,8 +35,13 @@ def find_program(name: str, *, at_least: int | None = None) -> Path:
     return choose(fitting, key=lambda path: fitting[path])
 
 
-def run_program(command: Sequence[str | Path], *, environment: Mapping[str, str]) -> str:
+def run_program(command: Sequence[str | Path], *, environment: Mapping[str, str], remedy: str) -> str:
     """Run a program to its end and return what it printed.
+
+    Args:
+        command: The program and its arguments.
+        environment: Variables for it beside those of this process.
+        remedy: What to do if it fails.
 
     Raises:
         StorageError: It failed; the message is its own.
@@ -53,7 +58,7 @@ def run_program(command: Sequence[str | Path], *, environment: Mapping[str, str]
     if ended.returncode != 0:
         lines = [line for line in ended.stderr.splitlines() if "error:" in line] or ended.stderr.splitlines()
         reason = " ".join(lines[:2]) or f"exit status {ended.returncode}"
-        message = f"{reason.rstrip('.')}. Check the database's role and rights, and the space on disk."
+        message = f"{reason.rstrip('.')}. {remedy}"
         raise StorageError(message)
     return ended.stdout
 

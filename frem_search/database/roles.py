@@ -10,7 +10,7 @@ from psycopg2 import sql
 from psycopg2.extensions import encrypt_password
 
 from frem_search.errors import StorageError
-from frem_search.schema import TABLES_LOCK
+from frem_search.schema import TABLES_LOCK, other_owners, require_owner
 
 if TYPE_CHECKING:
     from frem_search.storage import Storage
@@ -23,6 +23,9 @@ CREATE = """
 DO $$ BEGIN CREATE ROLE {role} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION;
 EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$
 """
+# Everybody of the server may enter a new database and make temporary tables there, and before PostgreSQL 15, and in
+# databases that were upgraded to it, others too.
+FOR_NOBODY_ELSE = ("REVOKE ALL ON DATABASE {database} FROM PUBLIC", "REVOKE CREATE ON SCHEMA {schema} FROM PUBLIC")
 FOR_BOTH = (
     "GRANT CONNECT ON DATABASE {database} TO {role}",
     "GRANT USAGE ON SCHEMA {schema} TO {role}",
@@ -42,6 +45,14 @@ FOR_READERS = (
     "ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT SELECT ON SEQUENCES TO {role}",
 )
 RIGHTS = {WORKER: (*FOR_BOTH, *FOR_WORKERS), READER: (*FOR_BOTH, *FOR_READERS)}
+# What PostgreSQL grants with a warning, and not at all, where the database or the schema is somebody else's.
+LACKING = """
+    SELECT string_agg(name, ' and ') FROM pg_class, LATERAL (VALUES
+        ('CONNECT on the database', has_database_privilege(%(role)s, current_database(), 'CONNECT')),
+        ('USAGE of schema ' || relnamespace::regnamespace, has_schema_privilege(%(role)s, relnamespace, 'USAGE')),
+        ('SELECT on its tables', has_table_privilege(%(role)s, oid, 'SELECT'))
+    ) AS needed (name, is_there) WHERE oid = 'studies'::regclass AND NOT is_there
+"""
 
 
 @dataclass(frozen=True)
@@ -62,33 +73,42 @@ class MadeRole:
 def make_roles(storage: "Storage", passwords: Mapping[str, str]) -> list[MadeRole]:
     """Make the roles or keep them, set the passwords that are given, and grant what each needs on the tables.
 
-    Done twice, it changes nothing. A password leaves this process as a SCRAM verifier only, so that neither the
-    network nor the server's log can show it.
+    No other role may enter the database then, unless it was let in by name. Done twice, it changes nothing. A password
+    leaves this process as a SCRAM verifier only, so that neither the network nor the server's log can show it.
 
     Args:
         storage: The database, opened as its owner.
         passwords: By role.
 
     Raises:
-        StorageError: The server refuses; then no role and no right was changed.
+        StorageError: The server refuses, or somebody else owns the tables; then no role and no right was changed.
     """
+    with storage.engine.connect() as connection:
+        require_owner(connection, label=storage.label)
     with _cursor(storage) as cursor:
-        # Before PostgreSQL 15, and in databases that were upgraded to it, everybody may make tables there.
-        cursor.execute(_filled(cursor, "REVOKE CREATE ON SCHEMA {schema} FROM PUBLIC"))
+        for statement in FOR_NOBODY_ELSE:
+            cursor.execute(_filled(cursor, statement))
         made = [_make(cursor, role, passwords.get(role)) for role in RIGHTS]
         if any(role.name == READER and (role.is_new or role.has_new_password) for role in made):
             cursor.execute(_filled(cursor, "ALTER ROLE {role} SET default_transaction_read_only = on", role=READER))
         for role in RIGHTS:
             _grant(cursor, role)
+            _require_rights(cursor, role, storage.label)
         return made
 
 
 def grant_again(storage: "Storage") -> None:
     """Grant the rights on tables that were made anew, to those of the roles that the server has.
 
+    Default privileges too: they are of the role that makes tables, which may be another one this time. Whoever does
+    not own the tables has made none, and changes nothing.
+
     Raises:
         StorageError: The server refuses.
     """
+    with storage.engine.connect() as connection:
+        if other_owners(connection):
+            return
     with _cursor(storage) as cursor:
         for role in RIGHTS:
             if _exists(cursor, role):
@@ -147,3 +167,14 @@ def _make(cursor: Any, role: str, password: str | None) -> MadeRole:
 def _grant(cursor: Any, role: str) -> None:
     for statement in RIGHTS[role]:
         cursor.execute(_filled(cursor, statement, role=role))
+
+
+def _require_rights(cursor: Any, role: str, label: str) -> None:
+    cursor.execute(LACKING, {"role": role})
+    (lacking,) = cursor.fetchone()
+    if lacking:
+        message = (
+            f"storage {label}: role {role} still lacks {lacking}, which is not this role's to grant. Run this as the "
+            "database's owner."
+        )
+        raise StorageError(message)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from frem_search.doctor.finding import Finding
@@ -19,15 +19,16 @@ OLDEST_SERVER = 130000  # older ones are past the end of their makers' support, 
 RESERVED = "SELECT sum(setting::int) FROM pg_settings WHERE name ~ '^(superuser_)?reserved_connections$'"
 ROLE = """
     SELECT current_user, current_setting('default_transaction_read_only')::boolean,
-           rolsuper AND inet_client_addr() IS NOT NULL, has_schema_privilege(c.relnamespace, 'CREATE')
-    FROM pg_roles, pg_class c WHERE rolname = current_user AND c.oid = 'studies'::regclass
+           rolsuper AND inet_client_addr() IS NOT NULL,
+           coalesce(has_schema_privilege(current_schema(), 'CREATE'), false)
+    FROM pg_roles WHERE rolname = current_user
 """
 LACKING_RIGHTS = """
     SELECT c.relname AS name, r AS right
-    FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r
-    WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'studies'::regclass) AND c.relkind = 'r'
-      AND (c.relname ~ '^(studies|trials|(study|trial)_.*)$' OR c.relname IN ('frem_lease', 'frem_curve'))
-      AND NOT has_table_privilege(c.oid, r)
+    FROM pg_class c, unnest(CASE relkind WHEN 'S' THEN '{USAGE}' ELSE '{SELECT,INSERT,UPDATE,DELETE}'::text[] END) r
+    WHERE c.relkind IN ('r', 'S') AND pg_table_is_visible(c.oid)
+      AND c.relname ~ '^(studies|trials|(studies|study|trials|trial)_.+|frem_(lease|curve))$'
+      AND NOT CASE relkind WHEN 'S' THEN has_sequence_privilege(c.oid, r) ELSE has_table_privilege(c.oid, r) END
     ORDER BY name, r
 """
 
@@ -94,10 +95,14 @@ def connections(connection: "sa.Connection") -> Finding:
 
 def schema(connection: "sa.Connection") -> Finding:
     """Which version of Optuna's tables there is; opening the database has refused a wrong one."""
+    if not _has_tables(connection):
+        remedy = "Made by the first search, or by `frem-search db init` as the owner."
+        return Finding("schema", "warn", "no tables yet.", remedy)
     version = _scalar(connection, "SELECT version_num FROM alembic_version")
     library = _scalar(connection, "SELECT library_version FROM version_info")
     n_studies = _scalar(connection, "SELECT count(*) FROM studies")
-    return Finding("schema", "ok", f"Optuna's {version}, made by {library}; {n_studies} studies")
+    studies = "study" if n_studies == 1 else "studies"
+    return Finding("schema", "ok", f"Optuna's {version}, made by {library}; {n_studies} {studies}")
 
 
 def rights(connection: "sa.Connection") -> Finding:
@@ -107,18 +112,34 @@ def rights(connection: "sa.Connection") -> Finding:
     lacking = connection.execute(sa.text(LACKING_RIGHTS)).all()
     role, is_only_reading, is_exposed, makes_tables = connection.execute(sa.text(ROLE)).one()
     if lacking or is_only_reading:
-        found = ", ".join(f"{row.right} on {row.name}" for row in lacking[:4]) or "write: its transactions only read"
+        found = f"lacks {_summary(lacking)}" if lacking else "may not write: its transactions only read"
         remedy = (
-            "That is enough for status, trials, figures and dashboard; workers connect as frem_worker, which "
-            "`frem-search db init` sets up."
+            "Workers connect as frem_worker, whom `frem-search db init`, run by the owner, grants all of it; for "
+            "status, trials, figures and dashboard reading is enough."
         )
-        return Finding("rights", "FAIL", f"role {role} may not {found}.", remedy)
-    _scalar(connection, "INSERT INTO studies (study_name) VALUES (:name) RETURNING study_id", name=uuid.uuid4().hex)
+        return Finding("rights", "FAIL", f"role {role} {found}.", remedy)
+    if _has_tables(connection):
+        _scalar(connection, "INSERT INTO studies (study_name) VALUES (:name) RETURNING study_id", name=uuid.uuid4().hex)
+    elif not makes_tables:
+        remedy = "Run `frem-search db init` as the database's owner."
+        return Finding("rights", "FAIL", f"role {role} may not make the tables, and there are none yet.", remedy)
     if is_exposed:
         remedy = "Workers need less: `frem-search db init` sets up frem_worker."
         return Finding("rights", "warn", f"role {role} is a superuser, and the server is reached by network.", remedy)
     tables = "makes tables" if makes_tables else "makes no tables"
     return Finding("rights", "ok", f"role {role} reads, writes and deletes; {tables}")
+
+
+def _summary(lacking: "Sequence[sa.Row[tuple[str, str]]]") -> str:
+    rights, names = sorted({row.right for row in lacking}), sorted({row.name for row in lacking})
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{', '.join(rights)} on {names[0]}{others}"
+
+
+def _has_tables(connection: "sa.Connection") -> bool:
+    from frem_search.schema import stored_version
+
+    return stored_version(connection) > 0
 
 
 CHECKS: "Mapping[str, Callable[[sa.Connection], Finding]]" = {

@@ -1,13 +1,28 @@
 """Checks of images: which datasets lie here, and whether they are those that a study was begun with."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from frem_search.doctor.finding import Finding
 
 if TYPE_CHECKING:
+    from frem_search.data.summary import DatasetSummary
     from frem_search.storage import Storage
     from frem_search.study_file import StudyFile
+
+
+CONTRACTS = """
+    SELECT study_name, value_json FROM studies JOIN study_user_attributes USING (study_id)
+    WHERE key = 'contract' ORDER BY study_name
+"""
+
+
+def read(name: str) -> "DatasetSummary":
+    """Read a whole dataset."""
+    from frem_search.data.prepare import check
+
+    return check(name)
 
 
 def dataset_names() -> list[str]:
@@ -29,9 +44,39 @@ def dataset(name: str) -> Finding:
     return Finding("dataset", "ok" if source.synthesize else "warn", f"{name}: not here.", source.remedy)
 
 
-def study(load_study: "Callable[[], StudyFile | str]", storage: "Storage | None") -> Finding:
+def begun_with(storage: "Storage") -> list[tuple[str, dict[str, str]]]:
+    """Return the datasets that lie here and that stored studies were begun with: fingerprints by study."""
+    import sqlalchemy as sa
+
+    from frem_search.data.prepare import list_datasets
+
+    begun: dict[str, dict[str, str]] = {row.name: {} for row in list_datasets() if row.is_present}
+    with storage.engine.connect() as connection:
+        for name, text in connection.execute(sa.text(CONTRACTS)):
+            contract = json.loads(text)
+            begun.get(contract["dataset"], {})[name] = contract["dataset_fingerprint"]
+    return [(dataset_name, studies) for dataset_name, studies in begun.items() if studies]
+
+
+def stored_studies(
+    dataset_name: str, fingerprints: Mapping[str, str], read_dataset: "Callable[[str], DatasetSummary]" = read
+) -> Finding:
+    """Whether a dataset holds the images that stored studies were begun with."""
+    now = read_dataset(dataset_name)
+    others = [name for name, fingerprint in fingerprints.items() if fingerprint != now.fingerprint]
+    if not others:
+        n = f"{len(fingerprints)} stored stud{'y was' if len(fingerprints) == 1 else 'ies were'}"
+        return Finding("images", "ok", f"{now.folder} holds those that {n} begun with")
+    found = f"{now.folder} holds other images than those that {', '.join(others)} began with."
+    return Finding("images", "warn", found, "To go on with that, bring its images back, or give them with --dataset.")
+
+
+def study(
+    load_study: "Callable[[], StudyFile | str]",
+    storage: "Storage | None",
+    read_dataset: "Callable[[str], DatasetSummary]" = read,
+) -> Finding:
     """Whether the study can run here: file, images, and the images it was begun with."""
-    from frem_search.data.prepare import check as check_dataset
     from frem_search.study import stored_contract
     from frem_search.study_file import find_study_file
 
@@ -47,7 +92,7 @@ def study(load_study: "Callable[[], StudyFile | str]", storage: "Storage | None"
 
         check(asked)
         dataset_name = asked.dataset
-    now = check_dataset(dataset_name)
+    now = read_dataset(dataset_name)
     if stored is None:
         return Finding("study", "ok", f"{name}: not begun yet; {now.n_cases} images in {now.folder}")
     if stored["dataset_fingerprint"] != now.fingerprint:

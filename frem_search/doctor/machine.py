@@ -1,13 +1,17 @@
 """Checks of this machine: Python and its packages, folders, device, browser."""
 
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from frem_search.doctor.finding import Finding
 from frem_search.home import home
 
 LOW_SPACE_GB, NO_SPACE_GB = 5.0, 0.5
+CHROME_TIMEOUT_S = 30.0
 
 
 def python() -> Finding:
@@ -79,23 +83,63 @@ def artifacts_store(url: str) -> Finding:
 
 
 def device() -> Finding:
-    """What `--device auto` would train on, and in which precision."""
+    """What a search trains on here, in which precision, and whether it computes."""
     import torch
 
     from frem_search.training.device import best_precision, describe_device, find_device
 
-    chosen = find_device("auto")
-    found = f"{describe_device(chosen)}, PyTorch {torch.__version__}, {best_precision(chosen)}"
-    if chosen.type == "cuda":
-        memory_gb = torch.cuda.get_device_properties(chosen).total_memory / 1e9
-        return Finding("device", "ok", f"{found}, {memory_gb:.0f} GB, {torch.cuda.device_count()} GPU(s)")
-    if shutil.which("nvidia-smi"):
-        why = (
-            "is built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} does not see it"
-        )
-        remedy = "Install a PyTorch build for the driver that nvidia-smi shows."
-        return Finding("device", "warn", f"{found}: there is an NVIDIA driver, but this PyTorch {why}.", remedy)
+    asked = os.environ.get("FREM_SEARCH_DEVICE") or "auto"
+    if asked != "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        return _unseen(asked)
+    chosen = [find_device(name.strip()) for name in asked.split(",")]
+    names = ", ".join(describe_device(each) for each in chosen)
+    found = f"{names}, PyTorch {torch.__version__}, {best_precision(chosen[0])}{_visible()}{_as_asked()}"
+    for each in chosen:
+        try:
+            torch.ones(8, device=each).sum().item()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            remedy = (
+                "Install a PyTorch build for this GPU and its driver, or free its memory if other programs fill it."
+            )
+            return Finding("device", "FAIL", f"{found}: {each} computes nothing: {reason}.", remedy)
     return Finding("device", "ok", found)
+
+
+def _unseen(asked: str) -> Finding:
+    """Why there is an NVIDIA driver and nothing that PyTorch can use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    remedy = "Install a PyTorch build for the driver that nvidia-smi shows."
+    if torch.version.cuda is None:
+        why = "this PyTorch is built without CUDA"
+    elif visible in ("", "-1"):
+        why, remedy = f"CUDA_VISIBLE_DEVICES={visible} hides its GPUs", "Unset CUDA_VISIBLE_DEVICES."
+    elif visible is not None:
+        why = f"with CUDA_VISIBLE_DEVICES={visible} there is no GPU"
+        remedy = f"Unset CUDA_VISIBLE_DEVICES, or name GPUs as `nvidia-smi -L` does. If that does not help: {remedy}"
+    else:
+        why = f"this PyTorch for CUDA {torch.version.cuda} does not see it"
+    found = f"cpu, PyTorch {torch.__version__}{_as_asked()}: there is an NVIDIA driver, but {why}."
+    return Finding("device", "FAIL" if "cuda" in asked else "warn", found, remedy)
+
+
+def _visible() -> str:
+    """The GPUs that this process may use, and the memory of the first."""
+    import torch
+
+    from frem_search.launch.local import visible_gpus
+
+    if not (gpus := visible_gpus()):
+        return ""
+    memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return f", {memory_gb:.0f} GB, visible GPU{'s' if len(gpus) > 1 else ''}: {', '.join(gpus)}"
+
+
+def _as_asked() -> str:
+    asked = os.environ.get("FREM_SEARCH_DEVICE")
+    return f", FREM_SEARCH_DEVICE={asked}" if asked else ""
 
 
 def pictures() -> Finding:
@@ -104,6 +148,20 @@ def pictures() -> Finding:
     from frem_search.figures.pictures import find_chrome
 
     try:
-        return Finding("pictures", "ok", str(find_chrome()))
+        return _started(find_chrome())
     except ChromeNotFoundError as error:
         return Finding("pictures", "warn", str(error), "Figures as HTML need none.")
+
+
+def _started(chrome: Path) -> Finding:
+    command: list[str | Path] = [chrome, "--headless=new", "--version"]
+    try:
+        told = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHROME_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        status = getattr(error, "returncode", None)
+        reason = f"does not start: {error}" if status is None else f"ends with status {status}"
+        remedy = "Set BROWSER_PATH to another one; figures as HTML need none."
+        return Finding("pictures", "warn", f"{chrome} {reason}.", remedy)
+    return Finding("pictures", "ok", f"{chrome}, {told.stdout.decode(errors='replace').strip()}")

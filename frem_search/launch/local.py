@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from frem_search.errors import UsageError
 from frem_search.launch.team import End, Team
 from frem_search.processes import PARENT, how_it_ended
 from frem_search.storage import Storage
@@ -88,10 +89,16 @@ def share_of_cores(n: int) -> Mapping[str, str]:
 def devices_of(device: str, workers: int | None) -> list[str]:
     """Return a device for each worker: those of a list with commas between in turn, by default one for each.
 
+    Raises:
+        UsageError: There are more devices than workers.
+
     >>> devices_of("cuda:0,cuda:1", 3)
     ['cuda:0', 'cuda:1', 'cuda:0']
     """
     names = [name.strip() for name in device.split(",") if name.strip()] or ["auto"]
+    if workers is not None and len(names) > workers:
+        message = f"--device: expected at most one for each of --workers {workers}, but got {', '.join(names)}."
+        raise UsageError(message)
     if names == ["auto"] and len(gpus := visible_gpus()) > 1:
         names = [f"cuda:{i}" for i in range(len(gpus))]
     return [names[i % len(names)] for i in range(workers or len(names))]

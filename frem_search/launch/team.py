@@ -10,7 +10,7 @@ from frem_search.errors import DatabaseAwayError, StudyNotFoundError, UsageError
 from frem_search.launch.watch import BLINK_S, ENDED, watch
 from frem_search.record import StudyRecord, read_record
 from frem_search.storage import Storage
-from frem_search.worker import TrialEvent
+from frem_search.trial_event import TrialEvent
 
 POLL_S = 0.5
 MOST_DEATHS = 5  # in one place, before any trial advances

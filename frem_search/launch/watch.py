@@ -7,7 +7,7 @@ from frem_search.errors import DatabaseAwayError
 from frem_search.record import StudyRecord, TrialRecord, read_record
 from frem_search.space import resolve, space_from_json
 from frem_search.storage import Storage
-from frem_search.worker import TrialEvent
+from frem_search.trial_event import TrialEvent
 
 POLL_S = 1.0
 BLINK_S = 1.0  # patience with a database that is away: workers in training have more of it
@@ -52,10 +52,19 @@ def _news(before: TrialRecord | None, now: TrialRecord, record: StudyRecord) -> 
     # A quick trial may begin and end between two looks.
     if was not in ("running", *ENDED) and now.state in ("running", *ENDED):
         params = resolve(space_from_json(record.contract["space"]), now.params)
-        yield TrialEvent("adopted" if was == "waiting" else "claimed", now.number, params=params)
+        is_adopted = was == "waiting"
+        epoch = now.epoch if is_adopted else 0
+        yield TrialEvent("adopted" if is_adopted else "claimed", now.number, params=params, epoch=epoch)
     if now.state == "running" and now.epoch > (before.epoch if before else 0):
         yield TrialEvent("epoch", now.number, epoch=now.epoch)
     if now.state in ENDED and was not in ENDED:
-        yield TrialEvent(ENDED[now.state], now.number, value=now.value, reason=now.reason)
+        yield TrialEvent(
+            ENDED[now.state],
+            now.number,
+            value=now.value,
+            reason=now.reason,
+            n_finished=sum(trial.state in ENDED for trial in record.trials),
+            is_best=record.best is not None and record.best.number == now.number,
+        )
     if now.state == "waiting" and was == "running":
         yield TrialEvent("released", now.number, reason=now.reason or "its worker is gone")

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from frem_search.training.device import is_of_device
 from frem_search.training.folds import Folds
 from frem_search.training.member import Member
+from frem_search.training.weights import UNREADABLE
 
 FORMAT = 2
 DIGEST_BYTES = 32
@@ -47,10 +50,13 @@ def load_checkpoint(folds: Folds, content: bytes, *, identity: Mapping[str, Any]
     if digest != hashlib.sha256(packed).digest():
         return False
     device = folds.members[0].data.device
-    stored = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
-    if stored["format"] != FORMAT or stored["identity"] != dict(identity):
-        return False
-    if len(stored["folds"]) != len(folds.members) or not all(map(_fits, folds.members, stored["folds"])):
+    try:
+        stored = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
+        if not _is_of(folds, stored, identity):
+            return False
+    except UNREADABLE as error:
+        if is_of_device(error):
+            raise
         return False
     for member, state in zip(folds.members, stored["folds"], strict=True):
         member.network.load_state_dict(state["network"])
@@ -66,6 +72,26 @@ def _dump(member: Member) -> dict[str, Any]:
     return state | {name: getattr(member, name) for name in STATE}
 
 
+def _is_of(folds: Folds, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether all of it can be loaded: nothing is to fail when half of a trial is there."""
+    if stored["format"] != FORMAT or stored["identity"] != dict(identity):
+        return False
+    states = stored["folds"]
+    is_whole = "image_scores" in stored and all(name in state for state in states for name in STATE)
+    return is_whole and len(states) == len(folds.members) and all(map(_fits, folds.members, states))
+
+
 def _fits(member: Member, state: Mapping[str, Any]) -> bool:
-    fresh = member.network.state_dict()
-    return {n: v.shape for n, v in state["network"].items()} == {n: v.shape for n, v in fresh.items()}
+    weights, groups = _shapes(member.network.state_dict()), member.optimizer.state_dict()["param_groups"]
+    shapes = [parameter.shape for parameter in member.network.parameters()]
+    stored = state["optimizer"]
+    return (
+        _shapes(state["network"]) == weights
+        and _shapes(state["best_weights"]) in ({}, weights)  # none before the first epoch with a score
+        and [group["params"] for group in stored["param_groups"]] == [group["params"] for group in groups]
+        and all(of["exp_avg"].shape == of["exp_avg_sq"].shape == shapes[i] for i, of in stored["state"].items())
+    )
+
+
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in values.items()}

@@ -9,7 +9,7 @@ from frem_search.losses import LOSSES
 from frem_search.metrics import Score
 from frem_search.networks import redraw
 from frem_search.output import Features
-from frem_search.training.device import is_out_of_memory
+from frem_search.training.device import is_of_device
 from frem_search.training.epoch import end_epoch, train_alone
 from frem_search.training.evaluate import score_images
 from frem_search.training.member import EpochReport, Member
@@ -75,7 +75,7 @@ class Cohort:
     def train_epoch(self, member: Member) -> EpochReport:
         """Train one member by itself for one epoch and validate it.
 
-        What its code raises ends the member and is told in the report; lack of memory concerns all and is raised.
+        What its code raises ends the member and is told in the report; what the device does concerns all and is raised.
         """
         started = time.perf_counter()
         try:
@@ -95,7 +95,7 @@ class Cohort:
             epoch = self.begin_epoch_stacked(members)
             losses, features = train_stacked(members, epoch, loss=self.loss, precision=self.precision)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_of_device(error):
                 raise
             # They are as they were before. Whose fault it is shows when each is by itself.
             return [self.train_epoch(member) for member in members]
@@ -123,8 +123,8 @@ class Cohort:
         )
 
     def ended(self, member: Member, error: Exception) -> EpochReport:
-        """Let a member end with what its code raised; lack of memory concerns all members and is raised again."""
-        if is_out_of_memory(error):
+        """Let a member end with what its code raised; an error of the device concerns all and is raised again."""
+        if is_of_device(error):
             raise error
         member.has_ended = True
         return EpochReport(

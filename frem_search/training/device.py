@@ -1,36 +1,41 @@
 """Which device to train on, and in which precision."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from frem_search.errors import DeviceError
+from frem_search.errors import DeviceError, DeviceMemoryError, UsageError
+
+# PyTorch's own allocator on a GPU has a type for it; that on the CPU, the driver and CUDA's libraries say it in words.
+NO_MEMORY = ("DefaultCPUAllocator: ", "error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+LAUNCH_FAILED = "_STATUS_EXECUTION_FAILED"  # cuBLAS and cuDNN: a kernel did not run, theirs or one before it
 
 
 def find_device(name: str = "auto") -> torch.device:
     """Return the device of a name; `auto` is the first CUDA device if there is one.
 
     Raises:
+        UsageError: It is no name of a device.
         DeviceError: This machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        message = f"--device: expected auto, cpu, cuda or cuda:N, but got {name!r}."
-        raise DeviceError(message) from None
-    if device.type == "cpu":
+    if name == "cpu":
         return torch.device("cpu")
+    if not (named := re.fullmatch(r"cuda(?::([0-9]{1,9}))?", name)):
+        message = f"--device: expected auto, cpu, cuda or cuda:N, but got {name!r}."
+        raise UsageError(message)
+    index = int(named[1] or 0)
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type != "cuda" or (device.index or 0) >= n_devices:
+    if index >= n_devices:
         message = (
             f"--device {name}: this machine has {n_devices} CUDA device(s) that PyTorch can use. "
             "Choose another, or cpu; `frem-search doctor` says what is wrong."
         )
         raise DeviceError(message)
-    return torch.device("cuda", device.index or 0)
+    return torch.device("cuda", index)
 
 
 def describe_device(device: torch.device) -> str:
@@ -68,8 +73,44 @@ def make_repeatable(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device has no memory left; the CPU's has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+    """Whether an error says that there is no memory left, on the device or beside it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether an error is the device's, so that it tells nothing of the code that met it: no memory, or a failure."""
+    if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and LAUNCH_FAILED in str(error)
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Raise an error of the device as one of ours, and every other as it is.
+
+    Args:
+        device: On which the block computes.
+
+    Raises:
+        DeviceMemoryError: It has no memory left.
+        DeviceError: It failed. CUDA repeats most failures for as long as the process lives, whatever it is asked.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_of_device(error):
+            raise
+        reason = (str(error).partition("\n")[0] or type(error).__name__).removesuffix(".")
+        if is_out_of_memory(error):
+            message = f"{device}: out of memory: {reason}."
+            raise DeviceMemoryError(message) from None
+        message = (
+            f"{device}: failed: {reason}. This process cannot use it any more: run the same command again. If it fails "
+            "again, look for the cause with nvidia-smi and in the kernel's log."
+        )
+        raise DeviceError(message) from None
 
 
 def best_precision(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from frem_search.training.cgroup import cpu_quotas
 from frem_search.training.cohort import Cohort
 from frem_search.training.graphs import Graphed, train_epoch_graphed
 from frem_search.training.member import EpochReport, Member
@@ -108,14 +109,24 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def use_cores(layout: str) -> None:
-    """Let kernels take one core each where members have threads of their own; a setting of the whole process."""
+    """Let kernels take one core each where members have threads of their own; a setting of the whole process.
+
+    Elsewhere no more than there are: PyTorch knows nothing of a container's share.
+    """
     if layout == "threads":
         torch.set_num_threads(1)
+    elif not os.environ.get("OMP_NUM_THREADS") and n_cores() < torch.get_num_threads():
+        torch.set_num_threads(n_cores())
 
 
 def n_cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many processor cores this process may use, at least one.
+
+    A container with half the processor time of eight cores may run on all eight, and has four: of more threads, some
+    would always stand still, and the others wait for them at the end of each kernel.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(int, cpu_quotas())]))
 
 
 def _groups(members: Iterable[Member]) -> list[list[Member]]:

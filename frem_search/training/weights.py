@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +18,10 @@ from frem_search.training.device import make_repeatable
 
 FORMAT = 3
 # What torch.load and the fields of a foreign file stumble over.
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError)
+UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, AttributeError, ValueError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
