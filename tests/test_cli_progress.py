@@ -129,14 +129,14 @@ def test_on_a_terminal_each_trial_has_a_bar(monkeypatch):
         begun(1),
         epoch(0, 22),
         TrialEvent("away", -1, reason="no route"),
-        TrialEvent("complete", 0, value=0.6, n_finished=2, is_best=True),
-        TrialEvent("failed", 7, reason="given up", n_finished=3),
+        TrialEvent("complete", 0, value=0.6, n_finished=4, is_best=True),
+        TrialEvent("failed", 7, reason="given up", n_finished=6),
         TrialEvent("released", 1, reason="stopped"),
     ]
-    show_progress(iter(events), make_record(finished(0.5)))
+    show_progress(iter(events), make_record(finished(0.5), n_trials=9))
     shown = screen.getvalue()
-    for line in ("trial 0: goes on at epoch 21\n", "[2/3] trial 0: mean_iou 0.6000  B 8  best so far\n"):
+    for line in ("trial 0: goes on at epoch 21\n", "[4/9] trial 0: mean_iou 0.6000  B 8  best so far\n"):
         assert line in shown
     last = shown[shown.rindex("s, best 0.6000") :]
-    assert "3/3" in last
+    assert "6/9" in last
     assert "trial" not in last  # each bar goes with its trial

@@ -201,7 +201,7 @@ def test_a_stored_study_is_not_forked_into(tiny_study, storage, artifacts, sourc
 
 
 def test_an_unknown_source_is_told_with_the_known_ones(tiny_study, storage, artifacts, source):
-    with pytest.raises(StudyNotFoundError, match="which holds: tiny"):
+    with pytest.raises(StudyNotFoundError, match="Did you mean 'tiny'"):
         fork(write(tiny_study, "other", ("high = 16", "high = 15")), storage, artifacts, source="tinny")
 
 

@@ -77,7 +77,7 @@ def test_a_gpu_that_failed_is_told_and_nothing_more_is_timed_on_it(trainee, monk
         raise torch.AcceleratorError(message)
 
     monkeypatch.setattr(torch.cuda, "empty_cache", fail)
-    with pytest.raises(DeviceError, match="^cuda:99: failed: CUDA error: unspecified launch failure"):
+    with pytest.raises(DeviceError, match=r"^cuda:99: failed: CUDA error: unspecified launch failure\. "):
         measure(replace(trainee, device=torch.device("cuda:99")), Arrangement(), seconds=0)
 
 

@@ -73,6 +73,8 @@ class Asked:
 
 def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search in this process, or in several of this machine."""
+    from frem_search.artifacts import masked
+    from frem_search.cli.options import artifacts_of
     from frem_search.launch.local import devices_of, local_workers
 
     devices = devices_of(asked.device, asked.workers)
@@ -80,6 +82,8 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
         devices = devices_of(asked.device, _search_alone(asked, storage, devices, is_stopping=is_stopping))
     if len(devices) == 1:
         return
+    where = masked(artifacts_of(asked.artifacts))
+    _tell(f"{asked.study_file.name}: {len(devices)} workers on {', '.join(devices)}, artifacts {where}")
     team = local_workers(
         worker_arguments(
             **asked.which,

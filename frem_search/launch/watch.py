@@ -52,9 +52,10 @@ def _news(before: TrialRecord | None, now: TrialRecord, record: StudyRecord) -> 
     # A quick trial may begin and end between two looks.
     if was not in ("running", *ENDED) and now.state in ("running", *ENDED):
         params = resolve(space_from_json(record.contract["space"]), now.params)
-        is_adopted = was == "waiting"
-        epoch = now.epoch if is_adopted else 0
-        yield TrialEvent("adopted" if is_adopted else "claimed", now.number, params=params, epoch=epoch)
+        if before and was == "waiting":
+            yield TrialEvent("adopted", now.number, params=params, epoch=before.epoch)
+        else:
+            yield TrialEvent("claimed", now.number, params=params)
     if now.state == "running" and now.epoch > (before.epoch if before else 0):
         yield TrialEvent("epoch", now.number, epoch=now.epoch)
     if now.state in ENDED and was not in ENDED:
