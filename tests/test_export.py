@@ -76,7 +76,7 @@ def test_any_file_name_will_do(storage, study, tmp_path):
 
 
 def test_an_unknown_study_is_told_with_the_known_ones(run_cli, storage, study, storage_url, tmp_path):
-    with pytest.raises(StudyNotFoundError, match="which holds: tiny"):
+    with pytest.raises(StudyNotFoundError, match="Did you mean 'tiny'"):
         export_sqlite(storage, "tinny", tmp_path / "tiny.db")
     exported = run_cli("export", "--study", "tinny", "--sqlite", "tiny.db", FREM_SEARCH_STORAGE=storage_url)
     assert exported.returncode == 1

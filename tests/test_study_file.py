@@ -318,8 +318,10 @@ def test_a_file_that_cannot_be_read(write, monkeypatch):
 def test_an_unknown_study_is_told_with_the_nearest_name():
     with pytest.raises(StudyFileError) as raised:
         load_study_file("mouse_fram")
-    assert str(raised.value).startswith("Unknown study 'mouse_fram'. Did you mean 'mouse_frem'? Known: ")
-    assert "drosophila_unet" in str(raised.value)
+    expected = (
+        "Unknown study 'mouse_fram'. Did you mean 'mouse_frem'? `frem-search study list` shows those that can be named"
+    )
+    assert str(raised.value).startswith(expected)
     assert str(raised.value).endswith("or give the path of a .toml file.")
 
 
@@ -331,7 +333,7 @@ def test_a_name_like_no_other(name):
 
 def test_without_any_studies_the_message_still_helps(monkeypatch):
     monkeypatch.setattr("frem_search.study_file.studies_folders", lambda: ())
-    with pytest.raises(StudyFileError, match=r"^Unknown study 'x'\. Known: none; or give the path of a \.toml file\."):
+    with pytest.raises(StudyFileError, match=r"^Unknown study 'x'\. .*; or give the path of a \.toml file\."):
         find_study_file("x")
 
 
