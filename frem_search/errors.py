@@ -10,7 +10,7 @@ FremSearchError             exit status 1
 ├── StudyNotFoundError      the storage holds no such study
 ├── StorageError            the database cannot be reached or refuses
 │   ├── DatabaseAwayError   the database stayed out of reach for longer than it was worth waiting for
-│   └── LeaseLostError      another worker holds the trial now
+│   └── LeaseLostError      the trial is not this worker's any more
 ├── ArtifactError           a checkpoint or prediction cannot be written or read
 ├── DeviceError             the device is missing or fails
 │   └── DeviceMemoryError   the device has no memory left
@@ -87,7 +87,7 @@ class DatabaseAwayError(StorageError):
 
 
 class LeaseLostError(StorageError):
-    """Another worker holds the trial now."""
+    """The trial is not this worker's any more: another one holds it, somebody finished it, or it was deleted."""
 
 
 class ArtifactError(FremSearchError):

@@ -60,7 +60,9 @@ CHECKPOINTED = sa.text("""
     WHERE trial_id = :trial_id AND checkpoint_epoch < :epoch
 """)
 RESUMED = sa.text("""
-    UPDATE frem_lease SET checkpoint_epoch = :epoch, epoch = :epoch WHERE trial_id = :trial_id AND token = :token
+    UPDATE frem_lease SET attempts = CASE WHEN checkpoint_epoch < :epoch THEN 1 ELSE attempts END,
+        checkpoint_epoch = :epoch, epoch = :epoch
+    WHERE trial_id = :trial_id AND token = :token
 """)
 FINISH = sa.text("""
     UPDATE frem_lease SET token = NULL, told_token = :token, reason = NULL, epoch = greatest(epoch, :epoch)

@@ -58,7 +58,8 @@ class Standing(NamedTuple):
 class Leases:
     """The leases that one worker holds on trials of one study; as a context, renewed by a thread.
 
-    Nothing here waits for a database that is away: training goes on, and what it has to be told is kept.
+    Nothing here waits for a database that is away: training goes on, and what it has to be told is kept. Only a claim
+    waits for one that does not answer, as others may hold the study's row.
 
     Args:
         storage: The database.
@@ -166,7 +167,7 @@ class Leases:
         return is_worse
 
     def resumed(self, held: Held) -> None:
-        """Note where the trial really goes on: an unusable checkpoint must not hide that later ones advance.
+        """Note where the trial really goes on: behind an unusable checkpoint, or before one that could not be noted.
 
         Raises:
             LeaseLostError: The trial is not ours any more.
@@ -181,7 +182,7 @@ class Leases:
             LeaseLostError: The trial is not ours any more.
         """
         if held.is_lost:
-            self._lose(held, "another worker took it while this one was out of touch")
+            self._lose(held, "it was taken while this worker was out of touch")
         self._send(held)
 
     def checkpointed(self, held: Held, *, epoch: int, curve: Mapping[str, Any]) -> None:
@@ -272,7 +273,7 @@ class Leases:
                     self._store_notes(connection)
 
         if self._notes:
-            self._reach(store)
+            self._reach(store, answer_s=ANSWER_S)  # claims hold the study's row in turn
             self._notes.clear()
 
     def standing(self, *, most: int) -> Standing:
@@ -320,6 +321,9 @@ class Leases:
             self.away_since = began if self.away_since is None else self.away_since
             # A look that has to wait for its failure must not take most of the time.
             self._look_again_at = now + min(max(AWAY_PAUSE_S, 5 * (now - began)), LONGEST_PAUSE_S)
+            raise
+        except LeaseLostError:
+            self.away_since = None
             raise
         self.away_since = None
         return result

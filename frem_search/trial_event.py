@@ -20,7 +20,8 @@ class TrialEvent:
         epoch: How many epochs are done.
         report: Of an epoch that was trained here.
         value: Of a finished trial.
-        reason: Why it did not complete; of an adopted one, where a checkpoint is that could not be used.
+        reason: Why it did not complete, was let go of or lost; why the database is away; of an adopted one, where a
+            checkpoint is that could not be used.
         n_finished: Of a finished trial: how many of the study have ended.
         is_best: Whether it is the best of them.
     """

@@ -150,6 +150,7 @@ class Worker:
         self._slots: dict[int, _Slot] = {}
         self._is_spent = self._is_away_told = False
         self._claim_at = -math.inf
+        self._idle_since: float | None = None  # nothing to train, and no database
 
     def work(self) -> Generator[TrialEvent, None, None]:
         """Take trials until the budget is spent or the worker is asked to stop.
@@ -168,7 +169,11 @@ class Worker:
                         yield from self._leave_untold()
                     if not self._slots and (self._is_spent or self._is_stopping()):
                         break
-                    yield from self._train() if self._is_training else self._wait()
+                    if self._is_training:
+                        self._idle_since = None
+                        yield from self._train()
+                    else:
+                        yield from self._wait()
                 except DeviceMemoryError as error:
                     yield from self._out_of_memory(error)
             self._sweep()
@@ -187,7 +192,7 @@ class Worker:
     def _between_epochs(self) -> Iterator[TrialEvent]:
         """Tell what could not be told before, fill free slots, and say whether the database is there."""
         for slot in [slot for slot in self._slots.values() if slot.verdict is not None]:
-            yield from self._conclude(slot)
+            yield from self._guarded(slot.held, self._conclude(slot))
         yield from self._fill_slots()
         is_away = self._leases.away_since is not None
         if is_away != self._is_away_told:
@@ -196,11 +201,14 @@ class Worker:
 
     def _wait(self) -> Iterator[TrialEvent]:
         """Wait for trials that others hold, as they may leave one behind, or for the database."""
-        away_since = self._leases.away_since
-        if away_since is None:
+        if self._leases.away_since is None:
+            self._idle_since = None
             yield TrialEvent("waiting", -1)
-        elif time.monotonic() - away_since > PATIENCE_S:
-            raise DatabaseAwayError(self._leases.away_because)
+        else:
+            self._idle_since = self._idle_since or time.monotonic()
+            if time.monotonic() - self._idle_since > PATIENCE_S:
+                yield from self._leave_untold()
+                raise DatabaseAwayError(self._leases.away_because)
         until = max(self._claim_at, time.monotonic() + 0.1)
         while time.monotonic() < until and not self._is_stopping():
             time.sleep(0.1)
@@ -212,6 +220,10 @@ class Worker:
                 held = self._leases.claim()
             except DatabaseAwayError:
                 return
+            if isinstance(held, Held):
+                self._is_spent = False
+                # An adopted trial is stored after its first epoch: one that is killed again and again still advances.
+                self._slots[held.number] = _Slot(held, -math.inf if held.is_adopted else time.monotonic())
             for number, reason in self._leases.given_up.items():
                 self._objective.sweep([number])
                 self._keep_best(number, is_complete=False)
@@ -224,9 +236,7 @@ class Worker:
             return
 
     def _begin(self, held: Held) -> Iterator[TrialEvent]:
-        """Give a claimed trial a slot."""
-        # An adopted trial is stored after its first epoch: one that is killed again and again still advances.
-        self._slots[held.number] = _Slot(held, -math.inf if held.is_adopted else time.monotonic())
+        """Begin a claimed trial, or go on with it."""
         params = resolve(self._space, held.trial.params)
         if not held.is_adopted:
             yield TrialEvent("claimed", held.number, params=params)
@@ -411,8 +421,9 @@ class Worker:
     def _leave_untold(self) -> Iterator[TrialEvent]:
         """Let go of trials that have ended and could not be told: who adopts them does it."""
         for number, slot in list(self._slots.items()):
-            if slot.verdict is not None and slot.verdict.state is TrialState.COMPLETE:
-                self._objective.save_checkpoint(number)
+            if slot.verdict is not None and slot.verdict.state is TrialState.COMPLETE and not slot.held.is_lost:
+                with suppress(ArtifactError):  # then its last epochs are trained again
+                    self._objective.save_checkpoint(number)
             self._let_go(number, reason="stopped")
             yield TrialEvent("released", number, reason="stopped")
 

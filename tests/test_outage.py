@@ -207,6 +207,21 @@ def test_a_database_that_stays_away_ends_the_worker_with_the_remedy(search, do_n
     assert [trial.state for trial in trials_of(storage)] == [TrialState.RUNNING]
 
 
+def test_patience_begins_when_there_is_nothing_to_train(search, do_nothing, wire, storage, monkeypatch):
+    monkeypatch.setattr("frem_search.worker.PATIENCE_S", 1.0)
+
+    def hook(number, epoch):
+        time.sleep(0.2)
+        if epoch == 3:
+            wire.cut()
+        if epoch == 12:
+            threading.Timer(0.6, wire.mend).start()
+
+    events = [event.kind for event in search(do_nothing(12, before_epoch=hook)).work()]
+    assert events[-3:] == ["away", "complete", "back"] or events[-2:] == ["complete", "back"]
+    assert trials_of(storage)[0].state == TrialState.COMPLETE
+
+
 def test_leases_outlive_an_outage_and_nobody_takes_the_trial(search, do_nothing, wire, storage):
     tokens = []
 
@@ -284,13 +299,15 @@ def test_a_stop_before_the_end_could_be_told_counts_for_nothing_and_trains_nothi
     assert events[-2:] == ["away", "released"]
     wire.mend()
     with storage.engine.begin() as connection:
-        connection.execute(sa.text("UPDATE frem_lease SET token = NULL, attempts = 0"))
+        connection.execute(sa.text("UPDATE frem_lease SET token = NULL"))
     second = do_nothing(4, checkpoints=objective.checkpoints)
     events = [event.kind for event in search(second).work()]
     assert events == ["adopted", "complete"]
     assert second.n_trained == 0
     (trial,) = trials_of(storage)
     assert list(trial.intermediate_values) == [1, 2, 3, 4]
+    with storage.engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT attempts FROM frem_lease")).scalar_one() == 1  # this one, as at first
 
 
 def test_many_trials_are_let_go_at_once_while_the_database_is_away(search, do_nothing, wire, monkeypatch):

@@ -99,13 +99,20 @@ def test_workers_may_be_killed_for_ever_as_long_as_trials_advance(team, monkeypa
         assert [event.kind for event in events_of(workers)] == ["epoch"] * 2
 
 
-def advancing(is_over):
-    """A trial advances after every third worker."""
+def advancing(is_over, kind="epoch"):
+    """A trial advances after every third worker, or ends otherwise."""
     for i in range(100):
         if is_over():
             return
         if i % 3 == 2:
-            yield TrialEvent("epoch", 0, epoch=i)
+            yield TrialEvent(kind, 0, epoch=i)
+
+
+def test_trials_that_are_given_up_are_no_advance(team, monkeypatch):
+    """Else a machine that kills each worker would use up the whole budget."""
+    monkeypatch.setattr("frem_search.launch.team.watch", lambda *_, is_over, **__: advancing(is_over, kind="failed"))
+    with pytest.raises(WorkerError, match="5 workers on a node were killed"), team(killed(9)) as workers:
+        events_of(workers)
 
 
 def test_a_place_where_workers_are_killed_rests_longer_each_time(team, monkeypatch):

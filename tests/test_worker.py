@@ -216,7 +216,7 @@ def test_a_lost_trial_is_noticed_at_the_next_epoch_though_nothing_is_due(search,
         if event.kind == "lost":
             break
     assert objective.n_trained == 13
-    assert "another worker took it while this one was out of touch" in event.reason
+    assert "it was taken while this worker was out of touch" in event.reason
     assert worker._leases._held == {}
 
 
@@ -303,6 +303,15 @@ def test_a_finished_trial_tells_how_far_the_study_is_and_whether_it_leads(search
     assert [(e.n_finished, e.is_best) for e in events if e.kind == "complete"] == [(3, False)]
     events = search(do_nothing(score=lambda params, epoch: 0.6), n_trials=4).work()
     assert [(e.n_finished, e.is_best) for e in events if e.kind == "complete"] == [(4, True)]
+
+
+def test_a_trial_that_is_claimed_while_another_is_given_up_is_let_go_too(search, do_nothing, storage):
+    broken = do_nothing(before_epoch=raising(ArtifactError("broken")))
+    with pytest.raises(ArtifactError):
+        list(search(broken, lease={"max_attempts": 1}).work())
+    with closing(search(lease={"max_attempts": 1}).work()) as events:
+        assert next(events).kind == "failed"
+    assert [row.token for row in leases(storage)] == [None, None]
 
 
 def test_what_killed_workers_left_is_swept_at_the_beginning_and_at_the_end(search, do_nothing):

@@ -178,9 +178,11 @@ def _tell_end(storage: "Storage", study: str, *, has_stopped: bool) -> "StudyRec
     """Tell how the work on a study ended, and return the study as it is then."""
     from frem_search.record import read_record
     from frem_search.status import end_line
+    from frem_search.watchdog import answers_within
 
     patience_s = STOPPED_PATIENCE_S if has_stopped else 10.0
-    record = read_record(storage, study, has_curves=False, patience_s=patience_s)
+    with answers_within(patience_s):
+        record = read_record(storage, study, has_curves=False, patience_s=patience_s)
     typer.echo(end_line(record), err=True)
     return record
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from frem_search.errors import DatabaseAwayError, StudyNotFoundError, UsageError, WorkerError
-from frem_search.launch.watch import BLINK_S, ENDED, watch
+from frem_search.launch.watch import ANSWER_S, BLINK_S, watch
 from frem_search.record import StudyRecord, read_record
 from frem_search.storage import Storage
 from frem_search.trial_event import TrialEvent
+from frem_search.watchdog import answers_within
 
 POLL_S = 0.5
 MOST_DEATHS = 5  # in one place, before any trial advances
@@ -77,7 +78,8 @@ class _Place:
 class Team:
     """Workers of one study; as a context, they are there from its beginning to its end.
 
-    One that is killed is replaced. One that ends with an error of its own is not, and the others go on; before the
+    One that is killed, or that somebody else stopped, is replaced. One that ends with an error of its own is not, and
+    the others go on; before the
     study is begun, its error is that of all. The first that leaves has found the budget spent, so that those which
     wait for a place are not needed any more.
 
@@ -122,14 +124,21 @@ class Team:
         Raises:
             UsageError: A worker was told that the study, or its options, cannot be used.
             WorkerError: As `events`.
+            DatabaseAwayError: The database was away when the workers had left.
         """
         while True:
             is_over = self._look_after()
             try:
-                record = read_record(self._storage, self._study, has_curves=False, patience_s=BLINK_S)
-            except (StudyNotFoundError, DatabaseAwayError):
+                with answers_within(ANSWER_S):
+                    record = read_record(self._storage, self._study, has_curves=False, patience_s=BLINK_S)
+            except StudyNotFoundError:
                 if is_over:
                     return None
+            except DatabaseAwayError:
+                if self._is_stopping():
+                    return None
+                if is_over:
+                    raise
             else:
                 self._is_begun = True
                 return record
@@ -146,7 +155,7 @@ class Team:
             DatabaseAwayError: The database was away when they left.
         """
         for event in watch(self._storage, self._study, since=since, is_over=self._look_after):
-            if event.kind in ("epoch", *ENDED.values()):
+            if event.kind in ("epoch", "complete", "pruned"):  # one that is given up is no advance
                 for place in self._places:
                     place.n_killed = 0
             yield event
@@ -207,7 +216,7 @@ class Team:
         message = f"a worker on {name} ended with status {end.status}: {words}"
         if not self._is_begun or all(each.is_given_up for each in self._places):
             raise WorkerError(message)
-        self._tell(f"{message} The others go on.")
+        self._tell(f"{message} The others go on." if self._seats else message)
 
     def _dismiss_waiting(self) -> None:
         for place in self._places:

@@ -8,8 +8,10 @@ from frem_search.record import StudyRecord, TrialRecord, read_record
 from frem_search.space import resolve, space_from_json
 from frem_search.storage import Storage
 from frem_search.trial_event import TrialEvent
+from frem_search.watchdog import answers_within
 
 POLL_S = 1.0
+ANSWER_S = 3.0  # patience with one that does not answer: meanwhile no signal is heeded
 BLINK_S = 1.0  # patience with a database that is away: workers in training have more of it
 ENDED = {"complete": "complete", "pruned": "pruned", "fail": "failed"}
 
@@ -33,7 +35,8 @@ def watch(storage: Storage, study: str, *, since: StudyRecord, is_over: Callable
     while True:
         is_last = is_over()
         try:
-            record = read_record(storage, study, has_curves=False, patience_s=BLINK_S)
+            with answers_within(ANSWER_S):
+                record = read_record(storage, study, has_curves=False, patience_s=BLINK_S)
         except DatabaseAwayError:
             if is_last:
                 raise
