@@ -18,6 +18,7 @@ lint: .venv/developed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/rooms.py --most-rooms 17 --most-floors 9 --most-arrows 95
 	$(BIN)/python -m cogapp --check docs/cli.md docs/networks.md
 
 docs: .venv/developed

@@ -22,13 +22,13 @@ import optuna
 import psycopg2
 
 from benchmarks.storage_overhead import SPACE, DoNothing
-from frem_search.claims import Held
-from frem_search.leases import Leases
-from frem_search.space import distributions
-from frem_search.storage import open_storage
-from frem_search.study import open_study
-from frem_search.study_file import Sampler, StudyFile
-from frem_search.worker import Worker
+from frem_search.search.worker import Worker
+from frem_search.storage.database import open_storage
+from frem_search.storage.leases.claims import Held
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.file import Sampler, StudyFile
+from frem_search.study.samplers import distributions
+from frem_search.study.stored import open_study
 
 NAME, URL = "crowd", "CROWD_URL"
 CONTRACT = {"contract_version": 1, "precision": "fp32"}

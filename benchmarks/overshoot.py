@@ -17,13 +17,13 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
 from benchmarks.storage_overhead import SPACE, DoNothing, value
-from frem_search.embedded import embedded_postgres
-from frem_search.leases import Leases
-from frem_search.space import distributions
-from frem_search.storage import Storage, open_storage
-from frem_search.study import open_study
-from frem_search.study_file import StudyFile
-from frem_search.worker import Worker
+from frem_search.search.worker import Worker
+from frem_search.storage.database import Storage, open_storage
+from frem_search.storage.embedded import embedded_postgres
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.file import StudyFile
+from frem_search.study.samplers import distributions
+from frem_search.study.stored import open_study
 
 
 def work_ours(url: str, name: str, n_trials: int) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from frem_search.parameters import load_images
-from frem_search.storage import open_storage
-from frem_search.study import keep_cohort, make_contract, open_study
-from frem_search.study_file import find_study_file, load_study_file
-from frem_search.training.device import best_precision, find_device
+from frem_search.storage.database import open_storage
+from frem_search.study.file import find_study_file, load_study_file
+from frem_search.study.stored import keep_cohort, make_contract, open_study
+from frem_search.system.device import best_precision, find_device
+from frem_search.training.recipe import load_images
 
 COMMAND = [sys.executable, "-m", "frem_search"]
 ALONE = "one at a time"

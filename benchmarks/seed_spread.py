@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from frem_search.artifacts import Artifacts
 from frem_search.data.dataset import load_dataset
-from frem_search.objective import Objective
-from frem_search.parameters import first_image_size
-from frem_search.space import resolve
-from frem_search.study_file import Sampler, StudyFile, load_study_file
-from frem_search.training.device import best_precision, describe_device, find_device
+from frem_search.storage.artifacts import Artifacts
+from frem_search.study.file import Sampler, StudyFile, load_study_file
+from frem_search.study.space import resolve
+from frem_search.system.device import best_precision, describe_device, find_device
+from frem_search.training.objective import Objective
+from frem_search.training.recipe import first_image_size
 
 
 def scores(study_file: StudyFile, drawn: dict[str, Any], seed: int, folder: str) -> tuple[float, float]:

@@ -17,15 +17,16 @@ import optuna
 import psycopg2
 import sqlalchemy as sa
 
-from frem_search.embedded import embedded_postgres
-from frem_search.leases import Leases
-from frem_search.objective import Outcome
-from frem_search.space import Range, distributions
-from frem_search.storage import Storage
-from frem_search.study import open_study
-from frem_search.study_file import StudyFile
+from frem_search.search.worker import Worker
+from frem_search.storage.database import Storage
+from frem_search.storage.embedded import embedded_postgres
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.file import StudyFile
+from frem_search.study.samplers import distributions
+from frem_search.study.space import Range
+from frem_search.study.stored import open_study
 from frem_search.training.member import EpochReport
-from frem_search.worker import Worker
+from frem_search.training.objective import Outcome
 
 SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0)}
 

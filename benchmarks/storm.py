@@ -29,13 +29,14 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
 from frem_search.errors import FremSearchError
-from frem_search.leases import Leases
+from frem_search.search.worker import Worker
 from frem_search.seeds import generator
-from frem_search.space import Range, distributions
-from frem_search.storage import open_storage
-from frem_search.study import open_study
-from frem_search.study_file import StudyFile
-from frem_search.worker import Worker
+from frem_search.storage.database import open_storage
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.file import StudyFile
+from frem_search.study.samplers import distributions
+from frem_search.study.space import Range
+from frem_search.study.stored import open_study
 
 NAME = "storm"
 SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0)}

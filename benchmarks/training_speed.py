@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from frem_search.bench import Choice, bench_lines, entrants, run_bench
+from frem_search.bench.speed import Trainee
 from frem_search.data.dataset import load_dataset
 from frem_search.data.folds import Split
-from frem_search.parameters import first_image_size
-from frem_search.space import Fixed
-from frem_search.speed import Trainee
-from frem_search.study_file import load_study_file
-from frem_search.training.device import best_precision, find_device
+from frem_search.study.file import load_study_file
+from frem_search.study.space import Fixed
+from frem_search.system.device import best_precision, find_device
+from frem_search.training.recipe import first_image_size
 
 
 def make_trainee(batch_size: int) -> Trainee:

@@ -16,11 +16,16 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from places import REPOSITORY
 from servers import tcp_database, tcp_server  # noqa: F401 fixtures of every test
 
 # Before torch is imported: tests run side by side, and threads that wait for each other would burn both cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-REPOSITORY = Path(__file__).parent.parent
+# A script's background job ignores SIGINT, one of nohup SIGHUP, and children would inherit that. A handler is not
+# inherited: this process goes on ignoring the signal, and its children have the default.
+for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'frem-search'; from frem_search.cli import main; main()")
 USUAL_HOMES = (Path("/var/lib/frem-search"), Path("~/.local/share/frem-search").expanduser())
 
@@ -168,8 +173,8 @@ def postgres(run_folder):
 
 @pytest.fixture(scope="session")
 def _template(postgres):
-    from frem_search.database_url import normalise_url
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
+    from frem_search.storage.url import normalise_url
 
     name = postgres.create()
     Storage(normalise_url(postgres.url(name))).close()
@@ -193,7 +198,7 @@ def storage_url(postgres, _template):
 
 @pytest.fixture
 def storage(storage_url):
-    from frem_search.storage import open_storage
+    from frem_search.storage.database import open_storage
 
     with open_storage(storage_url) as opened:
         yield opened
@@ -364,7 +369,7 @@ class DoNothing:
         self.checkpoints[number] = (member.epoch, {name: list(column) for name, column in member.curve.items()})
 
     def finish(self, number):
-        from frem_search.objective import Outcome
+        from frem_search.training.objective import Outcome
 
         member = self.members[number]
         val = {"mean_iou": member.best_score, "per_class": {}}

@@ -12,12 +12,12 @@ import optuna
 from optuna.trial import TrialState
 from searches import SPACE
 
-from frem_search.claims import Held
-from frem_search.leases import Leases
-from frem_search.space import distributions
-from frem_search.storage import open_storage
-from frem_search.study import make_contract, open_study
-from frem_search.study_file import StudyFile
+from frem_search.storage.database import open_storage
+from frem_search.storage.leases.claims import Held
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.file import StudyFile
+from frem_search.study.samplers import distributions
+from frem_search.study.stored import make_contract, open_study
 
 FORKS = multiprocessing.get_context("forkserver")
 

@@ -4,11 +4,11 @@ import optuna
 import sqlalchemy as sa
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from frem_search.leases import Leases
-from frem_search.pruners import make_pruner
-from frem_search.samplers import make_sampler
-from frem_search.space import Fixed, Range
-from frem_search.worker import Worker
+from frem_search.search.worker import Worker
+from frem_search.storage.leases.leases import Leases
+from frem_search.study.pruners import make_pruner
+from frem_search.study.samplers import make_sampler
+from frem_search.study.space import Fixed, Range
 
 SPACE = {"B": Range(1, 512), "X": Range(1.0, 1000.0, log=True), "depth": Fixed(4)}
 SEARCHED = {"B": IntDistribution(1, 512), "X": FloatDistribution(1.0, 1000.0, log=True)}

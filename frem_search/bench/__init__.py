@@ -8,11 +8,11 @@ from frem_search.bench.flops import image_flops, matmul_rate
 from frem_search.bench.plain_speed import measure_plain
 from frem_search.bench.report import bench_json, bench_lines
 from frem_search.bench.result import Bench, Entrant, Row
-from frem_search.parameters import check_dataset, split_params
-from frem_search.speed import Speed, Trainee, measure
-from frem_search.study_file import StudyFile
-from frem_search.training.device import describe_device, make_repeatable
-from frem_search.training.layouts import n_cores
+from frem_search.bench.speed import Speed, Trainee, measure
+from frem_search.study.file import StudyFile
+from frem_search.system.cores import n_cores
+from frem_search.system.device import describe_device, make_repeatable
+from frem_search.training.recipe import check_dataset, split_params
 
 __all__ = ["Bench", "Choice", "Entrant", "Row", "bench_json", "bench_lines", "entrants", "run_bench"]
 

@@ -8,9 +8,10 @@ import torch
 
 from frem_search.bench.plain_speed import plain_precision
 from frem_search.bench.result import Entrant
+from frem_search.bench.speed import Arrangement
 from frem_search.errors import UsageError, did_you_mean
-from frem_search.speed import Arrangement
-from frem_search.training.layouts import ALONE, LAYOUTS, n_cores
+from frem_search.system.cores import n_cores
+from frem_search.training.side_by_side.layouts import ALONE, LAYOUTS
 
 COHORTS = (2, 4, 8)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from frem_search.bench.report import LEFT_OUT, decimals
 from frem_search.bench.result import Bench, Row, Spread
 from frem_search.errors import ChromeNotFoundError
-from frem_search.figures.look import BLUE, GREY, INK, dress
 from frem_search.figures.pictures import PICTURE_FORMATS, draw_pictures
+from frem_search.figures.style import BLUE, GREY, INK, dress
 from frem_search.figures.write import FORMATS, Written, check_names, csv_bytes, html_bytes
-from frem_search.files import write_atomically
+from frem_search.system.files import write_atomically
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

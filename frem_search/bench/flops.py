@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from frem_search.bench.plain import PlainLoop
-from frem_search.speed import Trainee
-from frem_search.training.layouts import n_cores
+from frem_search.bench.plain_loop import PlainLoop
+from frem_search.bench.speed import Trainee
+from frem_search.system.cores import n_cores
 
 SIDES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices: large enough to occupy every core
 N_PRODUCTS = 5  # the fastest one counts

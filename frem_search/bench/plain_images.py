@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from frem_search.data.augmentation.orientations import eight_orientations
+from frem_search.data.augmentation.tiles import cut_tiles
 from frem_search.data.borders import border_distances
 from frem_search.data.dataset import Dataset
-from frem_search.data.orientations import eight_orientations
-from frem_search.data.tiles import cut_tiles
-from frem_search.parameters import TrainingParams
+from frem_search.study.parameters import TrainingParams
 
 
 def part_arrays(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from frem_search.bench.plain import PlainLoop
-from frem_search.speed import Arrangement, Speed, Trainee, measured_by, peak_memory
+from frem_search.bench.plain_loop import PlainLoop
+from frem_search.bench.speed import Arrangement, Speed, Trainee, measured_by, peak_memory
 
 
 def plain_precision(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from frem_search.speed import Arrangement
+from frem_search.bench.speed import Arrangement
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import sys
 import typer
 
 from frem_search import __version__
-from frem_search.cli import bench, dashboard, data, db, model, search, service, studies
+from frem_search.cli import bench, dashboard, data, db, doctor, export, model, search, studies
 from frem_search.errors import FremSearchError, UsageError
-from frem_search.stop import interrupt_on_signals
+from frem_search.system.signals import interrupt_on_signals
 
 app = typer.Typer(
     name="frem-search",
@@ -25,7 +25,8 @@ search.add_to(app)
 model.add_to(app)
 studies.add_to(app)
 data.add_to(app)
-service.add_to(app)
+export.add_to(app)
+doctor.add_to(app)
 db.add_to(app)
 dashboard.add_to(app)
 bench.add_to(app)

@@ -81,11 +81,11 @@ def bench(
     """
     from frem_search.bench import Choice, bench_json, bench_lines, entrants, run_bench
     from frem_search.bench.figure import write_bench
+    from frem_search.bench.speed import Trainee
     from frem_search.figures.write import FORMATS, check_names
-    from frem_search.parameters import check, load_images
-    from frem_search.speed import Trainee
-    from frem_search.study_file import load_study_file
-    from frem_search.training.device import best_precision, find_device
+    from frem_search.study.file import load_study_file
+    from frem_search.system.device import best_precision, find_device
+    from frem_search.training.recipe import check, load_images
 
     if not math.isfinite(seconds):
         message = f"--seconds: expected a number of at least 0, but got {seconds}."

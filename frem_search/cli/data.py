@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from frem_search.cli.options import JsonOption
-from frem_search.cli.rows import aligned
+from frem_search.cli.table import aligned
 
 if TYPE_CHECKING:
-    from frem_search.data.prepare import DatasetSummary
+    from frem_search.data.catalogue import DatasetSummary
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A name that `data list` shows.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what lies there.")]
@@ -33,7 +33,7 @@ def list_(as_json: JsonOption = False) -> None:
     $ frem-search data list
     """
     from frem_search.data import DATASETS
-    from frem_search.data.prepare import list_datasets
+    from frem_search.data.catalogue import list_datasets
 
     rows = list_datasets()
     if as_json:
@@ -68,8 +68,8 @@ def prepare(
     $ frem-search data prepare folder ~/cells --name cells --class-names background,membrane
     $ frem-search run --study mouse_frem --dataset cells
     """
-    from frem_search.data.folder import prepare_folder
-    from frem_search.data.prepare import prepare as prepare_known
+    from frem_search.data.catalogue import prepare as prepare_known
+    from frem_search.data.sources.folder import prepare_folder
     from frem_search.errors import UsageError
 
     if name == "folder":
@@ -97,8 +97,8 @@ def check(
     \b
     $ frem-search data check mouse_synthetic
     """
-    from frem_search.data.prepare import check as read_all
-    from frem_search.data.prepare import summary_lines
+    from frem_search.data.catalogue import check as read_all
+    from frem_search.data.catalogue import summary_lines
 
     summary = read_all(dataset)
     typer.echo(json.dumps(_summary_json(summary), indent=2) if as_json else "\n".join(summary_lines(summary)))
@@ -126,6 +126,6 @@ def synthesize(name: NameArgument, force: ForceOption = False) -> None:
     \b
     $ frem-search data synthesize mouse_synthetic
     """
-    from frem_search.data.prepare import synthesize as generate
+    from frem_search.data.catalogue import synthesize as generate
 
     typer.echo(f"{name}: generated in {generate(name, force=force)}")

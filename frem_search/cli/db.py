@@ -48,9 +48,9 @@ def init(
     \b
     $ frem-search db init --storage postgresql://owner@db.example.org/frem --worker-password-file worker.txt
     """
-    from frem_search.database.roles import READER, WORKER, make_roles
     from frem_search.errors import UsageError
-    from frem_search.files import read_secret
+    from frem_search.storage.admin.roles import READER, WORKER, make_roles
+    from frem_search.system.files import read_secret
 
     files = {WORKER: (WORKER_FILE, worker_password_file), READER: (READER_FILE, reader_password_file)}
     passwords = {role: read_secret(file, named_by=option) for role, (option, file) in files.items() if file}
@@ -76,7 +76,7 @@ def upgrade(storage: StorageOption = None) -> None:
     \b
     $ frem-search db upgrade
     """
-    from frem_search.database.roles import grant_again
+    from frem_search.storage.admin.roles import grant_again
 
     with storage_of(storage, upgrades=True) as opened:
         grant_again(opened)
@@ -94,7 +94,7 @@ def backup(
     \b
     $ frem-search db backup --out frem-2026-11-20.dump
     """
-    from frem_search.database.backup import back_up
+    from frem_search.storage.admin.backup import back_up
 
     with storage_of(storage, is_read_only=True) as opened:
         counted = back_up(opened, out)
@@ -114,7 +114,7 @@ def restore(
     \b
     $ frem-search db restore frem-2026-11-20.dump
     """
-    from frem_search.database.backup import restore as restore_database
+    from frem_search.storage.admin.backup import restore as restore_database
 
     with storage_of(storage) as opened:
         counted = restore_database(opened, file, force=force)

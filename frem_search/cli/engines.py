@@ -11,11 +11,11 @@ import typer
 from frem_search.errors import UsageError
 
 if TYPE_CHECKING:
-    from frem_search.join import Opened
-    from frem_search.launch.team import Team
-    from frem_search.record import StudyRecord
-    from frem_search.storage import Storage
-    from frem_search.study_file import StudyFile
+    from frem_search.search.begin import Opened
+    from frem_search.search.engines.team import Team
+    from frem_search.storage.database import Storage
+    from frem_search.study.file import StudyFile
+    from frem_search.study.record import StudyRecord
 
 ENGINES = ("local", "ray")
 INTERRUPTED = 130
@@ -73,9 +73,9 @@ class Asked:
 
 def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search in this process, or in several of this machine."""
-    from frem_search.artifacts import masked
     from frem_search.cli.options import artifacts_of
-    from frem_search.launch.local import devices_of, local_workers
+    from frem_search.search.engines.local import devices_of, local_workers
+    from frem_search.storage.artifacts import masked
 
     devices = devices_of(asked.device, asked.workers)
     if len(devices) == 1 or _is_measured(asked, devices):
@@ -106,7 +106,7 @@ def _is_measured(asked: Asked, devices: Sequence[str]) -> bool:
         return asked.cohort == "auto"
     if devices[0] == "cpu":
         return False
-    from frem_search.training.device import find_device
+    from frem_search.system.device import find_device
 
     return find_device(devices[0]).type != "cpu"
 
@@ -114,7 +114,7 @@ def _is_measured(asked: Asked, devices: Sequence[str]) -> bool:
 def _search_alone(asked: Asked, storage: "Storage", devices: Sequence[str], *, is_stopping: Callable[[], bool]) -> int:
     """Begin the study or join it, and search if one process is to do that; return how many are."""
     from frem_search.cli.progress import show_progress
-    from frem_search.record import read_record
+    from frem_search.study.record import read_record
 
     is_chosen = len(devices) > 1
     with open_worker(
@@ -151,9 +151,9 @@ def _show_team(team: "Team", asked: Asked) -> None:
 
 def run_on_ray(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool]) -> None:
     """Search on a Ray cluster; the study is begun there, as this machine may have neither GPU nor images."""
-    from frem_search.launch.ray import check_storage, ray_cluster, ray_workers
-    from frem_search.launch.room import plan, room
-    from frem_search.parameters import check
+    from frem_search.search.engines.nodes import plan, room
+    from frem_search.search.engines.ray import check_storage, ray_cluster, ray_workers
+    from frem_search.training.recipe import check
 
     check(asked.study_file)
     with ray_cluster() as nodes:
@@ -193,7 +193,7 @@ def open_worker(
         settings: As `join.open_worker` takes them.
     """
     from frem_search.cli.options import artifacts_of
-    from frem_search.join import open_worker
+    from frem_search.search.begin import open_worker
 
     if math.isnan(checkpoint_every):
         message = "--checkpoint-every: expected seconds of at least 0, but got nan."

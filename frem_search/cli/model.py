@@ -23,8 +23,8 @@ from frem_search.cli.options import (
 from frem_search.errors import StudyFileError, UsageError
 
 if TYPE_CHECKING:
-    from frem_search.record import StudyRecord
-    from frem_search.training.weights import Weights
+    from frem_search.segmentation.weights import Weights
+    from frem_search.study.record import StudyRecord
 
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="A weights file that `frem-search train` wrote.", show_default=False)
@@ -89,13 +89,13 @@ def train(
     """
     from dataclasses import replace
 
-    from frem_search.cli.training import epoch_progress, scores_table
-    from frem_search.model import check_target, parse_settings, save_weights, settle
-    from frem_search.model import train as train_model
-    from frem_search.parameters import load_images
-    from frem_search.space import resolve
-    from frem_search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
-    from frem_search.study_file import load_study_file
+    from frem_search.cli.epochs import epoch_progress, scores_table
+    from frem_search.search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
+    from frem_search.study.file import load_study_file
+    from frem_search.study.space import resolve
+    from frem_search.training.recipe import load_images
+    from frem_search.training.single import check_target, parse_settings, save_weights, settle
+    from frem_search.training.single import train as train_model
 
     params = parse_settings(settings or [])
     check_target(out)
@@ -153,8 +153,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from frem_search.cli.training import scores_table
-    from frem_search.evaluation import evaluate as evaluate_weights
+    from frem_search.cli.epochs import scores_table
+    from frem_search.segmentation.evaluate import evaluate as evaluate_weights
 
     kept, images = _kept(
         weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts, fold=fold
@@ -188,7 +188,7 @@ def predict(
     \b
     $ frem-search predict --weights weights.pt cells.tif --out predictions
     """
-    from frem_search.prediction import predict_files
+    from frem_search.segmentation.predict import predict_files
 
     kept, _ = _kept(
         weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts, fold=fold
@@ -214,10 +214,10 @@ def rerun(
     \b
     $ frem-search rerun --study mouse_frem --quick --trial 3
     """
-    from frem_search.cli.training import epoch_progress
-    from frem_search.rerun import repeat_json, repeat_lines
-    from frem_search.rerun import rerun as rerun_trial
-    from frem_search.stored_trial import find_trial
+    from frem_search.cli.epochs import epoch_progress
+    from frem_search.search.rerun import repeat_json, repeat_lines
+    from frem_search.search.rerun import rerun as rerun_trial
+    from frem_search.search.stored_trial import find_trial
 
     with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
         stored = find_trial(record, trial)
@@ -242,8 +242,8 @@ def _kept(
     fold: int | None,
 ) -> "tuple[Weights, str | None]":
     """Return the weights that were asked for, and the dataset to score; None is the one that they were trained on."""
-    from frem_search.stored_trial import find_trial, stored_weights
-    from frem_search.training.weights import read_weights
+    from frem_search.search.stored_trial import find_trial, stored_weights
+    from frem_search.segmentation.weights import read_weights
 
     is_asked = study is not None and study != os.environ.get("FREM_SEARCH_STUDY")
     if weights is not None and is_asked:
@@ -262,7 +262,7 @@ def _kept(
 
 def _dataset_of(study: str, record: "StudyRecord", *, quick: bool, dataset: str | None) -> str:
     """Return where a stored study's images lie: as its file says, or by their name alone if it has no file here."""
-    from frem_search.study_file import find_study_file, load_study_file
+    from frem_search.study.file import find_study_file, load_study_file
 
     try:
         find_study_file(study)

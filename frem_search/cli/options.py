@@ -11,8 +11,8 @@ import typer
 from frem_search.errors import UsageError
 
 if TYPE_CHECKING:
-    from frem_search.record import StudyRecord
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
+    from frem_search.study.record import StudyRecord
 
 StudyOption = Annotated[
     str,
@@ -123,7 +123,7 @@ def artifacts_of(url: str | None) -> str:
     Raises:
         UsageError: The URL stands on the command line with a password in it.
     """
-    from frem_search.artifacts import artifacts_url, masked
+    from frem_search.storage.artifacts import artifacts_url, masked
 
     if url and masked(url) != url:
         refuse_as_argument(url, option="--artifacts", remedy="Set FREM_SEARCH_ARTIFACTS to the whole URL.")
@@ -162,8 +162,8 @@ def storage_of(
     Raises:
         UsageError: The URL stands on the command line with a password in it.
     """
-    from frem_search.database_url import normalise_url
-    from frem_search.storage import open_storage
+    from frem_search.storage.database import open_storage
+    from frem_search.storage.url import normalise_url
 
     if url and normalise_url(url).password:
         remedy = (
@@ -179,7 +179,7 @@ def storage_of(
 
 def stored_name(study: str, *, quick: bool, dataset: str | None) -> str:
     """Return the name under which a study is stored; without a file of that name, the name as it was given."""
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
 
     if is_stored_alone(study, quick=quick, dataset=dataset):
         return study
@@ -193,7 +193,7 @@ def is_stored_alone(study: str, *, quick: bool, dataset: str | None) -> bool:
         StudyFileError: There is no file, but the options need one.
     """
     from frem_search.errors import StudyFileError
-    from frem_search.study_file import find_study_file
+    from frem_search.study.file import find_study_file
 
     try:
         find_study_file(study)
@@ -209,7 +209,7 @@ def record_of(
     study: str, *, quick: bool, dataset: str | None, storage: str | None, has_curves: bool = False
 ) -> "Iterator[tuple[Storage, StudyRecord]]":
     """Open the storage and read a study back from it."""
-    from frem_search.record import read_record
+    from frem_search.study.record import read_record
 
     name = stored_name(study, quick=quick, dataset=dataset)
     with storage_of(storage) as opened:

@@ -15,9 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from frem_search.record import StudyRecord
-from frem_search.status import count_line, format_value
-from frem_search.trial_event import TrialEvent
+from frem_search.search.events import TrialEvent
+from frem_search.study.record import StudyRecord
+from frem_search.study.status import count_line, format_value
 
 PLAIN_EVERY_S = 10.0  # at most, for each trial in training
 BEGUN = ("claimed", "adopted")

@@ -34,8 +34,8 @@ from frem_search.cli.options import (
 from frem_search.errors import DatabaseAwayError, UsageError
 
 if TYPE_CHECKING:
-    from frem_search.record import StudyRecord
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
+    from frem_search.study.record import StudyRecord
 
 STOPPED_PATIENCE_S = 1.0  # with a database that is away, for the last look at a study after a stop
 
@@ -71,9 +71,9 @@ def run(
     $ frem-search run --study mouse_frem --quick --cohort auto
     $ frem-search run --study mouse_frem --engine ray
     """
-    from frem_search.status import status_json, status_lines
-    from frem_search.stop import stop_on_signals
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
+    from frem_search.study.status import status_json, status_lines
+    from frem_search.system.signals import stop_on_signals
 
     check_engine(engine, gpus_per_worker=gpus_per_worker)
     _check_early(cohort=cohort, artifacts=artifacts)
@@ -124,10 +124,10 @@ def worker(
     $ frem-search worker --study mouse_frem --storage postgresql://worker@db.example.org/frem
     """
     from frem_search.cli.progress import show_progress
-    from frem_search.processes import has_lost_parent
-    from frem_search.record import read_record
-    from frem_search.stop import stop_on_signals
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
+    from frem_search.study.record import read_record
+    from frem_search.system.processes import has_lost_parent
+    from frem_search.system.signals import stop_on_signals
 
     _check_early(cohort=cohort, artifacts=artifacts)
     study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
@@ -155,7 +155,7 @@ def worker(
 
 def _check_early(*, cohort: str | None, artifacts: str | None) -> None:
     """Refuse what can be seen to be wrong before images and database are opened."""
-    from frem_search.study import parse_cohort
+    from frem_search.study.stored import parse_cohort
 
     artifacts_of(artifacts)
     if cohort is not None:
@@ -176,9 +176,9 @@ def _interrupted_if(stop: Callable[[], bool]) -> Iterator[None]:
 
 def _tell_end(storage: "Storage", study: str, *, has_stopped: bool) -> "StudyRecord":
     """Tell how the work on a study ended, and return the study as it is then."""
-    from frem_search.record import read_record
-    from frem_search.status import end_line
-    from frem_search.watchdog import answers_within
+    from frem_search.storage.watchdog import answers_within
+    from frem_search.study.record import read_record
+    from frem_search.study.status import end_line
 
     patience_s = STOPPED_PATIENCE_S if has_stopped else 10.0
     with answers_within(patience_s):
@@ -199,7 +199,7 @@ def status(
     \b
     $ frem-search status --study mouse_frem --quick
     """
-    from frem_search.status import status_json, status_lines
+    from frem_search.study.status import status_json, status_lines
 
     with record_of(study, quick=quick, dataset=dataset, storage=storage) as (_, record):
         typer.echo(json.dumps(status_json(record), indent=2) if as_json else "\n".join(status_lines(record)))
@@ -218,7 +218,7 @@ def trials(
     $ frem-search trials --study mouse_frem --quick --format csv > trials.csv
     """
     from frem_search.cli.table import trials_csv, trials_table
-    from frem_search.status import trials_json
+    from frem_search.study.status import trials_json
 
     printers: dict[str, Callable[[StudyRecord], str]] = {
         "table": trials_table,

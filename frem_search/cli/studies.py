@@ -19,12 +19,12 @@ from frem_search.cli.options import (
     is_stored_alone,
     storage_of,
 )
-from frem_search.cli.rows import aligned
+from frem_search.cli.table import aligned
 
 if TYPE_CHECKING:
-    from frem_search.fork import Fork
-    from frem_search.space import Param
-    from frem_search.study_file import StudyFile
+    from frem_search.search.fork import Fork
+    from frem_search.study.file import StudyFile
+    from frem_search.study.space import Param
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study, or path of its .toml file.")]
 StoredOption = Annotated[bool, typer.Option("--stored", help="Look into the database as well.")]
@@ -47,7 +47,7 @@ def list_(stored: StoredOption = False, storage: StorageOption = None, as_json: 
     \b
     $ frem-search study list --stored
     """
-    from frem_search.study_file import list_study_files
+    from frem_search.study.file import list_study_files
 
     files = [_file_row(str(path)) for path in list_study_files()]
     kept = _stored_rows(storage) if stored else []
@@ -67,7 +67,7 @@ def _file_row(path: str) -> dict[str, Any]:
     from pathlib import Path
 
     from frem_search.errors import StudyFileError
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
 
     try:
         study_file = load_study_file(path)
@@ -84,7 +84,7 @@ def _file_row(path: str) -> dict[str, Any]:
 
 
 def _stored_rows(storage: str | None) -> list[dict[str, Any]]:
-    from frem_search.stored_studies import list_stored
+    from frem_search.study.listing import list_stored
 
     with storage_of(storage) as opened:
         return [
@@ -102,7 +102,7 @@ def _stored_rows(storage: str | None) -> list[dict[str, Any]]:
 
 
 def _cell(value: object) -> str:
-    from frem_search.status import format_value
+    from frem_search.study.status import format_value
 
     return "" if value is None else format_value(value)
 
@@ -122,7 +122,7 @@ def show(
     \b
     $ frem-search study show mouse_frem --quick
     """
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
 
     if stored and is_stored_alone(study, quick=quick, dataset=dataset):
         _show_stored_alone(study, storage, as_json=as_json)
@@ -131,7 +131,7 @@ def show(
     contract = _contract(study_file.name, storage) if stored else None
     settings = _settings(study_file)
     if as_json:
-        from frem_search.space import space_to_json
+        from frem_search.study.space import space_to_json
 
         shown = {**settings, "params": space_to_json(study_file.space)} | ({"contract": contract} if stored else {})
         typer.echo(json.dumps(shown, indent=2))
@@ -146,7 +146,7 @@ def show(
 
 def _show_stored_alone(name: str, storage: str | None, *, as_json: bool) -> None:
     """Show a study whose file lies elsewhere: what it was begun with is all that is known of it here."""
-    from frem_search.record import read_record
+    from frem_search.study.record import read_record
 
     with storage_of(storage) as opened:
         contract = read_record(opened, name, has_curves=False).contract
@@ -157,7 +157,7 @@ def _show_stored_alone(name: str, storage: str | None, *, as_json: bool) -> None
 
 
 def _contract(name: str, storage: str | None) -> dict[str, Any] | None:
-    from frem_search.study import stored_contract
+    from frem_search.study.stored import stored_contract
 
     with storage_of(storage) as opened:
         return stored_contract(opened, name)
@@ -186,7 +186,7 @@ def _settings(study_file: "StudyFile") -> dict[str, Any]:
 
 def _describe(param: "Param") -> tuple[str, str]:
     """Return what kind of parameter it is, and its values."""
-    from frem_search.space import Choice, Fixed
+    from frem_search.study.space import Choice, Fixed
 
     if isinstance(param, Fixed):
         return "fixed", json.dumps(param.value)
@@ -210,7 +210,7 @@ def check(
     $ frem-search study check mouse_frem
     mouse_frem: 50 trials of 2000 epochs; quick: 30 trials of 16 epochs
     """
-    from frem_search.study_file import list_study_files
+    from frem_search.study.file import list_study_files
 
     answers = [_check(name) for name in studies or map(str, list_study_files())]
     if as_json:
@@ -224,8 +224,8 @@ def check(
 
 def _check(study: str) -> dict[str, Any]:
     from frem_search.errors import UsageError
-    from frem_search.parameters import check as check_study
-    from frem_search.study_file import load_study_file
+    from frem_search.study.file import load_study_file
+    from frem_search.training.recipe import check as check_study
 
     try:
         study_file = load_study_file(study)
@@ -244,7 +244,7 @@ def _unknown_dataset(name: str) -> str:
     """Return a remark if no dataset of that name lies on this machine: it may on the one that runs the study."""
     from pathlib import Path
 
-    from frem_search.data.prepare import list_datasets
+    from frem_search.data.catalogue import list_datasets
 
     is_known = any(row.name == name for row in list_datasets()) or Path(name).expanduser().is_dir()
     return "" if is_known else f"; on this machine there is no dataset {name!r}"
@@ -269,8 +269,8 @@ def fork(
     \b
     $ frem-search study fork mouse_narrow --from mouse_frem
     """
-    from frem_search.fork import fork_study
-    from frem_search.study_file import load_study_file
+    from frem_search.search.fork import fork_study
+    from frem_search.study.file import load_study_file
 
     study_file = load_study_file(study, quick=quick, dataset=dataset, n_trials=n_trials, n_epochs=n_epochs)
     with storage_of(storage) as opened:
@@ -308,8 +308,8 @@ def delete(
     \b
     $ frem-search study delete mouse_frem-quick --yes
     """
-    from frem_search.record import read_record
-    from frem_search.stored_studies import delete_stored
+    from frem_search.study.listing import delete_stored
+    from frem_search.study.record import read_record
 
     with storage_of(storage) as opened:
         record = read_record(opened, study, has_curves=False)

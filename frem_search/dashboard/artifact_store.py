@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, BinaryIO
 import sqlalchemy as sa
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from frem_search.artifacts import Artifacts
-from frem_search.study import artifacts_prefix
-from frem_search.trial_page import shown_file
+from frem_search.storage.artifacts import Artifacts
+from frem_search.storage.trial_notes import shown_file
+from frem_search.study.stored import artifacts_prefix
 
 if TYPE_CHECKING:
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
 
 UPLOADS = "dashboard-uploads"  # the folder of files that somebody added in the dashboard
 UPLOAD_ID = re.compile(r"[0-9a-fA-F-]{1,64}")

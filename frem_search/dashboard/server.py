@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
     from frem_search.dashboard.tokens import Token
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
 
 EXTRA = ("optuna_dashboard", "waitress")
 N_THREADS = 8

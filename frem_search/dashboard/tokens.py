@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from frem_search.errors import UsageError
-from frem_search.files import read_secret
+from frem_search.system.files import read_secret
 
 VARIABLE = "FREM_SEARCH_DASHBOARD_TOKEN"
 SHORTEST = 16  # characters: nobody counts wrong guesses

@@ -1,7 +1,10 @@
-"""Datasets by name, in the order of the docs."""
+"""Images: found, read, checked, split and resized; here the datasets that have a name, in the order of the docs.
 
-from frem_search.data import drosophila, drosophila_synthetic, h1299, isbi2012, mouse, mouse_synthetic
-from frem_search.data.source import Source
+`catalogue.py` finds or makes a dataset, `nnunet.py` reads its folder, `dataset.py` holds it in memory.
+"""
+
+from frem_search.data.sources import drosophila, drosophila_synthetic, h1299, isbi2012, mouse, mouse_synthetic
+from frem_search.data.sources.source import Source
 
 __all__ = ["DATASETS", "Source"]
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from frem_search.data import DATASETS
 from frem_search.data.cases import Case
+from frem_search.data.catalogue import find_folder
 from frem_search.data.fingerprint import fingerprint
 from frem_search.data.folds import Split, cyclic_folds, k_folds
 from frem_search.data.nnunet import RawDataset, read_folder
-from frem_search.data.prepare import find_folder
 from frem_search.data.resize import resize_image, resize_label
 from frem_search.errors import DatasetError
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from frem_search.data.cases import Case, files_by_name, read_cases
-from frem_search.data.description import Description, read_description, read_splits
 from frem_search.data.folds import Split, k_folds
 from frem_search.data.images import write_image
+from frem_search.data.nnunet_json import Description, read_description, read_splits
 from frem_search.errors import DatasetError
 
 

@@ -11,12 +11,12 @@ from urllib.parse import unquote
 from frem_search.doctor import database, images, machine
 from frem_search.doctor.finding import Finding
 from frem_search.errors import FremSearchError, UsageError
-from frem_search.files import read_secret
+from frem_search.system.files import read_secret
 
 if TYPE_CHECKING:
     from frem_search.data.summary import DatasetSummary
-    from frem_search.storage import Storage
-    from frem_search.study_file import StudyFile
+    from frem_search.storage.database import Storage
+    from frem_search.study.file import StudyFile
 
 __all__ = ["Finding", "examine", "secrets_of"]
 
@@ -95,7 +95,7 @@ def secrets_of(url: str | None) -> tuple[str, ...]:
 
 
 def _in_password_file() -> str:
-    from frem_search.database_url import PASSWORD_FILE
+    from frem_search.storage.url import PASSWORD_FILE
 
     file = os.environ.get(PASSWORD_FILE)
     try:

@@ -10,7 +10,7 @@ from frem_search.doctor.finding import Finding
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from frem_search.storage import Storage
+    from frem_search.storage.database import Storage
 
 MOST_SKEW_S = 2.0
 CONNECTIONS_PER_WORKER = 2  # as Storage pools them
@@ -137,7 +137,7 @@ def _summary(lacking: "Sequence[sa.Row[tuple[str, str]]]") -> str:
 
 
 def _has_tables(connection: "sa.Connection") -> bool:
-    from frem_search.schema import stored_version
+    from frem_search.storage.schema import stored_version
 
     return stored_version(connection) > 0
 

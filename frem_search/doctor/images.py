@@ -8,8 +8,8 @@ from frem_search.doctor.finding import Finding
 
 if TYPE_CHECKING:
     from frem_search.data.summary import DatasetSummary
-    from frem_search.storage import Storage
-    from frem_search.study_file import StudyFile
+    from frem_search.storage.database import Storage
+    from frem_search.study.file import StudyFile
 
 
 CONTRACTS = """
@@ -20,14 +20,14 @@ CONTRACTS = """
 
 def read(name: str) -> "DatasetSummary":
     """Read a whole dataset."""
-    from frem_search.data.prepare import check
+    from frem_search.data.catalogue import check
 
     return check(name)
 
 
 def dataset_names() -> list[str]:
     """Return the named datasets and those that were prepared here."""
-    from frem_search.data.prepare import list_datasets
+    from frem_search.data.catalogue import list_datasets
 
     return [row.name for row in list_datasets()]
 
@@ -35,7 +35,7 @@ def dataset_names() -> list[str]:
 def dataset(name: str) -> Finding:
     """Whether a dataset lies on disk."""
     from frem_search.data import DATASETS
-    from frem_search.data.prepare import list_datasets
+    from frem_search.data.catalogue import list_datasets
 
     row = next(row for row in list_datasets() if row.name == name)
     if row.is_present:
@@ -48,7 +48,7 @@ def begun_with(storage: "Storage") -> list[tuple[str, dict[str, str]]]:
     """Return the datasets that lie here and that stored studies were begun with: fingerprints by study."""
     import sqlalchemy as sa
 
-    from frem_search.data.prepare import list_datasets
+    from frem_search.data.catalogue import list_datasets
 
     begun: dict[str, dict[str, str]] = {row.name: {} for row in list_datasets() if row.is_present}
     with storage.engine.connect() as connection:
@@ -77,8 +77,8 @@ def study(
     read_dataset: "Callable[[str], DatasetSummary]" = read,
 ) -> Finding:
     """Whether the study can run here: file, images, and the images it was begun with."""
-    from frem_search.study import stored_contract
-    from frem_search.study_file import find_study_file
+    from frem_search.study.file import find_study_file
+    from frem_search.study.stored import stored_contract
 
     asked = load_study()
     name = asked if isinstance(asked, str) else asked.name
@@ -88,7 +88,7 @@ def study(
         if not dataset_name:
             find_study_file(name)  # raises, with the nearest names
     else:
-        from frem_search.parameters import check
+        from frem_search.training.recipe import check
 
         check(asked)
         dataset_name = asked.dataset

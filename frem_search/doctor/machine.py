@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from frem_search.doctor.finding import Finding
-from frem_search.home import home
+from frem_search.system.home import home
 
 LOW_SPACE_GB, NO_SPACE_GB = 5.0, 0.5
 CHROME_TIMEOUT_S = 30.0
@@ -76,7 +76,7 @@ def _room(check: str, folder: str, free_gb: float) -> Finding:
 
 def artifacts_store(url: str) -> Finding:
     """Whether a checkpoint can be written, read and removed again."""
-    from frem_search.artifacts import Artifacts, masked
+    from frem_search.storage.artifacts import Artifacts, masked
 
     Artifacts(url, "").check()
     return Finding("artifacts", "ok", f"{masked(url)}, written, read and removed")
@@ -86,7 +86,7 @@ def device() -> Finding:
     """What a search trains on here, in which precision, and whether it computes."""
     import torch
 
-    from frem_search.training.device import best_precision, describe_device, find_device
+    from frem_search.system.device import best_precision, describe_device, find_device
 
     asked = os.environ.get("FREM_SEARCH_DEVICE") or "auto"
     if asked != "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
@@ -129,7 +129,7 @@ def _visible() -> str:
     """The GPUs that this process may use, and the memory of the first."""
     import torch
 
-    from frem_search.launch.local import visible_gpus
+    from frem_search.system.device import visible_gpus
 
     if not (gpus := visible_gpus()):
         return ""

@@ -12,7 +12,7 @@ from frem_search.figures.history import history_data, history_figure
 from frem_search.figures.learning_curves import learning_curves_data, learning_curves_figure
 from frem_search.figures.parameter_importance import parameter_importance_data, parameter_importance_figure
 from frem_search.figures.tpe_scatter import tpe_scatter_data, tpe_scatter_figure
-from frem_search.record import StudyRecord
+from frem_search.study.record import StudyRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

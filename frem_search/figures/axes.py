@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from frem_search.record import StudyRecord
+from frem_search.study.record import StudyRecord
 
 
 class Axis(NamedTuple):

@@ -3,8 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from frem_search.record import StudyRecord, TrialRecord
-from frem_search.space import resolve, space_from_json
+from frem_search.study.record import StudyRecord, TrialRecord
+from frem_search.study.space import resolve, space_from_json
 
 MAX_POINTS = 400
 MODULE_CHANGES_NOTHING = {"B": 0, "X": 1.0}  # what a network does where a study sets neither

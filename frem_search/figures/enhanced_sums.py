@@ -7,9 +7,9 @@ Differs: panel (a) is there only where the study has a trial whose module change
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.curves import Series, baseline, enhances, full_params, rows_of, series
-from frem_search.figures.look import BLUE, GREY, MUTED, ORANGE, dress
-from frem_search.figures.wording import format_value, impossible, subtitle
-from frem_search.record import StudyRecord
+from frem_search.figures.labels import format_value, impossible, subtitle
+from frem_search.figures.style import BLUE, GREY, MUTED, ORANGE, dress
+from frem_search.study.record import StudyRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

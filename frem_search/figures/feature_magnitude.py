@@ -7,9 +7,9 @@ Differs: besides the trained network of a baseline, the best trial is shown, and
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.curves import Series, baseline, rows_of, scale_type, series
-from frem_search.figures.look import BLUE, ORANGE, dress
-from frem_search.figures.wording import impossible, subtitle
-from frem_search.record import StudyRecord
+from frem_search.figures.labels import impossible, subtitle
+from frem_search.figures.style import BLUE, ORANGE, dress
+from frem_search.study.record import StudyRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

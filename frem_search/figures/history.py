@@ -3,9 +3,9 @@
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from frem_search.figures.look import BLUE, GREY, INK, ORANGE, dress
-from frem_search.figures.wording import describe, impossible, score_label, subtitle
-from frem_search.record import StudyRecord, TrialRecord
+from frem_search.figures.labels import describe, impossible, score_label, subtitle
+from frem_search.figures.style import BLUE, GREY, INK, ORANGE, dress
+from frem_search.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

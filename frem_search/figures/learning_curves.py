@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.curves import Series, rows_of, scale_type, series
-from frem_search.figures.look import BLUE_TO_RED, GREY, INK, color_bar, color_range, dress
-from frem_search.figures.wording import format_score, impossible, score_label, subtitle
-from frem_search.record import StudyRecord, TrialRecord
+from frem_search.figures.labels import format_score, impossible, score_label, subtitle
+from frem_search.figures.style import BLUE_TO_RED, GREY, INK, color_bar, color_range, dress
+from frem_search.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from frem_search.figures.look import BLUE, dress
-from frem_search.figures.wording import impossible, subtitle
-from frem_search.record import StudyRecord, TrialRecord
+from frem_search.figures.labels import impossible, subtitle
+from frem_search.figures.style import BLUE, dress
+from frem_search.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -7,10 +7,10 @@ Differs: the best trial is marked, pruned trials are hollow, and the axes span t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.axes import Axis, is_numeric, parameter_axis
-from frem_search.figures.look import BLUE_TO_RED, GREY, INK, color_bar, dress
-from frem_search.figures.room import find_room
-from frem_search.figures.wording import describe, format_score, format_value, impossible, score_label, subtitle
-from frem_search.record import StudyRecord, TrialRecord
+from frem_search.figures.label_place import find_room
+from frem_search.figures.labels import describe, format_score, format_value, impossible, score_label, subtitle
+from frem_search.figures.style import BLUE_TO_RED, GREY, INK, color_bar, dress
+from frem_search.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from frem_search.errors import ChromeNotFoundError, UsageError, did_you_mean
 from frem_search.figures import FIGURES, FigureData
 from frem_search.figures.pictures import PICTURE_FORMATS, draw_pictures
-from frem_search.files import write_atomically
-from frem_search.record import StudyRecord
+from frem_search.study.record import StudyRecord
+from frem_search.system.files import write_atomically
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frem_search.training.device import is_of_device
-from frem_search.training.folds import Folds
+from frem_search.segmentation.weights import UNREADABLE
+from frem_search.system.device import is_of_device
 from frem_search.training.member import Member
-from frem_search.training.weights import UNREADABLE
+from frem_search.training.trial import Folds
 
 FORMAT = 2
 DIGEST_BYTES = 32

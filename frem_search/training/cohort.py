@@ -4,17 +4,17 @@ import math
 import time
 from collections.abc import Hashable, Sequence
 
-from frem_search.batch import Batch
-from frem_search.losses import LOSSES
-from frem_search.metrics import Score
-from frem_search.networks import redraw
-from frem_search.output import Features
-from frem_search.training.device import is_of_device
+from frem_search.segmentation.batch import Batch
+from frem_search.segmentation.inference import score_images
+from frem_search.segmentation.losses import LOSSES
+from frem_search.segmentation.metrics import Score
+from frem_search.segmentation.networks import redraw
+from frem_search.segmentation.output import Features
+from frem_search.system.device import is_of_device
+from frem_search.training.batches import EpochPlan, prepare_epoch, prepare_stacked
 from frem_search.training.epoch import end_epoch, train_alone
-from frem_search.training.evaluate import score_images
 from frem_search.training.member import EpochReport, Member
-from frem_search.training.prepare import EpochPlan, prepare_epoch, prepare_stacked
-from frem_search.training.stacked import train_stacked
+from frem_search.training.side_by_side.stacked import train_stacked
 
 
 class Cohort:

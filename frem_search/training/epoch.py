@@ -6,12 +6,12 @@ import time
 import torch
 from torch import Tensor
 
-from frem_search.batch import Batch
-from frem_search.losses import Loss
-from frem_search.metrics import Score
-from frem_search.networks import enhancement
-from frem_search.output import Features
-from frem_search.training.evaluate import precision_context
+from frem_search.segmentation.batch import Batch
+from frem_search.segmentation.inference import precision_context
+from frem_search.segmentation.losses import Loss
+from frem_search.segmentation.metrics import Score
+from frem_search.segmentation.networks import enhancement
+from frem_search.segmentation.output import Features
 from frem_search.training.member import EpochReport, Member
 
 

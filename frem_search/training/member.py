@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frem_search.data.augment import Augmentation
+from frem_search.data.augmentation.turns import Augmentation
 from frem_search.training.resident import ResidentData
 from frem_search.training.schedule import Schedule, factor_at
 

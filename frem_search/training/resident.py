@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from frem_search.batch import Batch
+from frem_search.data.augmentation.orientations import N_ORIENTATIONS, eight_orientations
+from frem_search.data.augmentation.tiles import cut_tiles
 from frem_search.data.borders import border_distances
 from frem_search.data.dataset import Dataset
-from frem_search.data.orientations import N_ORIENTATIONS, eight_orientations
-from frem_search.data.tiles import cut_tiles
 from frem_search.errors import DatasetError
+from frem_search.segmentation.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,0 @@
-"""Engines that put workers on machines."""

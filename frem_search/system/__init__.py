@@ -1,0 +1,1 @@
+"""This computer: folders, files, processes, signals, cores and the device to train on."""

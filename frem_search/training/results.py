@@ -1,0 +1,200 @@
+"""What a trained network came to, with the weights of its best epoch: scores, predictions and files."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from frem_search.data.augmentation.orientations import N_ORIENTATIONS
+from frem_search.data.dataset import Dataset
+from frem_search.segmentation.inference import predict
+from frem_search.segmentation.metrics import METRICS, Score
+from frem_search.segmentation.pictures import MOST_IMAGES, curve_csv, predictions_png
+from frem_search.segmentation.weights import Weights, dump_weights
+from frem_search.storage.artifacts import Artifacts
+from frem_search.storage.trial_notes import CURVE, PICTURE, artifact_attrs
+from frem_search.study.file import StudyFile
+from frem_search.training.member import Member
+from frem_search.training.recipe import split_params
+from frem_search.training.resident import Part
+from frem_search.training.trial import Folds, mean
+
+WEIGHTS = "weights.pt"
+PREDICTIONS = "predictions.npz"
+
+
+def place(number: int, fold: int | None) -> str:
+    """Return the folder of a trial's artifacts, or of one of its folds.
+
+    >>> place(3, None), place(3, 1)
+    ('3', '3/fold1')
+    """
+    return str(number) if fold is None else f"{number}/fold{fold}"
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Scores the trained trials of a study, and stores what they leave behind.
+
+    Args:
+        study_file: Which network and scores.
+        dataset: Its images.
+        precision: `fp32` or `bf16`.
+        artifacts: Where files go.
+        study_uid: Under which the dashboard finds them.
+    """
+
+    study_file: StudyFile
+    dataset: Dataset
+    precision: str
+    artifacts: Artifacts
+    study_uid: str
+
+    def image_scores(self, member: Member, params: Mapping[str, Any]) -> list[float]:
+        """Return the score of each validation image of a fold; of none as worst as can be.
+
+        The orientations of an image are one image: they are no evidence of their own.
+
+        Args:
+            member: The fold, all its epochs done.
+            params: The trial's parameters.
+        """
+        member.network.load_state_dict(member.best_weights)
+        part, metric = member.data.val, METRICS[self.study_file.score]
+        pred, labels = self._predict(member, part.images, takes=metric.takes), part.labels
+        n_classes = member.data.n_classes
+        scores = [
+            metric.function(pred[i : i + 1], labels[i : i + 1], n_classes=n_classes).value.item()
+            for i in range(len(part))
+        ]
+        n_orientations = N_ORIENTATIONS if split_params(self.study_file, params).training.eightfold else 1
+        n_images = len(scores) // n_orientations
+        worst_for_nan = [0.0 if score != score else score for score in scores]
+        return [sum(worst_for_nan[i::n_images]) / n_orientations for i in range(n_images)]
+
+    def store(self, trial: Folds, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Score the test images once, with the weights of the best epoch, and store what the trial leaves behind.
+
+        Args:
+            trial: All its epochs done.
+            params: Its parameters.
+
+        Returns:
+            The scores in full, with several folds means over them and each fold's own; and attributes that announce
+            files to Optuna's dashboard.
+        """
+        results: list[dict[str, Any]] = []
+        shown: dict[str, str] = {}
+        for member in trial.members:
+            member.network.load_state_dict(member.best_weights)
+            result, pred = self._score_parts(member)
+            results.append(result)
+            self._write_fold(trial.number, params, member, pred)
+            shown = shown or self._write_shown(trial, member, pred)
+        return results[0] if self.study_file.n_folds is None else _mean_result(results), shown
+
+    def remove_weights(self, number: int) -> None:
+        """Remove the weights of a trial that is not among the best; nothing happens if there are none."""
+        for fold in self.study_file.folds:
+            self.artifacts.remove(f"{self._place(number, fold)}/{WEIGHTS}")
+
+    def _place(self, number: int, fold: int) -> str:
+        return place(number, None if self.study_file.n_folds is None else fold)
+
+    def _score_parts(self, member: Member) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Return the scores of a fold, and the prediction of its test images, if there are any."""
+        data, pred = member.data, None
+        result: dict[str, Any] = {
+            "best_epoch": member.best_epoch,
+            "val": self._named(member.best_score, member.best_per_class),
+        }
+        if len(data.test):
+            pred, score = self._score(member, data.test, self.study_file.score)
+            result["test"] = self._named(score.value.item(), score.per_class.tolist())
+        parts = {"val": data.val} | ({"test": data.test} if len(data.test) else {})
+        if self.study_file.extra_scores:
+            result["extra"] = {
+                name: {part: self._score(member, images, name)[1].value.item() for part, images in parts.items()}
+                for name in self.study_file.extra_scores
+            }
+        return result, pred
+
+    def _score(self, member: Member, part: Part, name: str) -> tuple[torch.Tensor, Score]:
+        """Return the prediction of some images, and a score of it."""
+        metric = METRICS[name]
+        pred = self._predict(member, part.images, takes=metric.takes)
+        return pred, metric.function(pred, part.labels, n_classes=member.data.n_classes)
+
+    def _predict(self, member: Member, images: torch.Tensor, *, takes: str = "classes") -> torch.Tensor:
+        return predict(member.network, images, precision=self.precision, takes=takes, tiles=member.tiles)
+
+    def _named(self, value: float, per_class: list[float]) -> dict[str, Any]:
+        names = self.dataset.class_names
+        classes = {n: None if v != v else v for n, v in zip(names, per_class, strict=True)}
+        return {self.study_file.score: value, "per_class": classes}
+
+    def _write_fold(self, number: int, params: Mapping[str, Any], member: Member, pred: torch.Tensor | None) -> None:
+        """Store the weights of a fold, and the prediction of its test images."""
+        folder = self._place(number, member.fold)
+        if pred is not None:
+            self.artifacts.write(f"{folder}/{PREDICTIONS}", _pack_predictions(member.data.test.cases, pred))
+        self.artifacts.write(f"{folder}/{WEIGHTS}", self._pack_weights(number, params, member))
+
+    def _pack_weights(self, number: int, params: Mapping[str, Any], member: Member) -> bytes:
+        split = split_params(self.study_file, params)
+        return dump_weights(
+            Weights(
+                network=self.study_file.network,
+                network_params=split.network,
+                in_channels=member.data.in_channels,
+                class_names=self.dataset.class_names,
+                image_size=split.training.image_size,
+                dataset=self.dataset.name,
+                dataset_fingerprint=self.dataset.fingerprint,
+                fold=member.fold,
+                n_folds=self.study_file.n_folds,
+                score=self.study_file.score,
+                precision=self.precision,
+                study=self.study_file.name,
+                trial=number,
+                params=dict(params),
+                state=member.best_weights,
+            )
+        )
+
+    def _write_shown(self, trial: Folds, member: Member, pred: torch.Tensor | None) -> dict[str, str]:
+        """Store curve and pictures: of test images, or without any of validation images; return how to find them."""
+        part = member.data.val if pred is None else member.data.test
+        images, labels = part.images[:MOST_IMAGES], part.labels[:MOST_IMAGES]
+        if pred is None:
+            pred = self._predict(member, images)
+        classes = pred[:MOST_IMAGES].argmax(dim=1) if pred.ndim > labels.ndim else pred[:MOST_IMAGES]
+        picture = predictions_png(*(each.cpu().numpy() for each in (images, labels, classes)))
+        self.artifacts.write(f"{trial.number}/{CURVE}", curve_csv(trial.curve, self.dataset.class_names))
+        self.artifacts.write(f"{trial.number}/{PICTURE}", picture)
+        return artifact_attrs(self.study_uid, trial.number)
+
+
+def _pack_predictions(cases: tuple[str, ...], pred: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, cases=np.array(cases), pred=pred.cpu().numpy())
+    return buffer.getvalue()
+
+
+def _mean_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over folds of their scores, and each fold's own."""
+    whole: dict[str, Any] = {}
+    for part in (part for part in ("val", "test") if all(part in result for result in results)):
+        scores = [result[part] for result in results]
+        classes = {name: mean([each["per_class"][name] for each in scores]) for name in scores[0]["per_class"]}
+        values = {name: mean([each[name] for each in scores]) for name in scores[0] if name != "per_class"}
+        whole[part] = values | {"per_class": classes}
+    if "extra" in results[0]:
+        whole["extra"] = {
+            name: {part: mean([result["extra"][name][part] for result in results]) for part in parts if part in whole}
+            for name, parts in results[0]["extra"].items()
+        }
+    return whole | {"folds": [dict(result) for result in results]}
