@@ -21,6 +21,8 @@ from servers import tcp_database, tcp_server  # noqa: F401 fixtures of every tes
 
 # Before torch is imported: tests run side by side, and threads that wait for each other would burn both cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Numbers that tests compare with stored ones are those of AVX2, whatever more a processor has.
+os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # A script's background job ignores SIGINT, one of nohup SIGHUP, and children would inherit that. A handler is not
 # inherited: this process goes on ignoring the signal, and its children have the default.
 for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
