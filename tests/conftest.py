@@ -1,6 +1,7 @@
 """What tests share: a home of their own, a real PostgreSQL, a tiny study, the command as a process."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,8 @@ from servers import tcp_database, tcp_server  # noqa: F401 fixtures of every tes
 # Before torch is imported: tests run side by side, and threads that wait for each other would burn both cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Numbers that tests compare with stored ones are those of AVX2, whatever more a processor has.
-os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-# A script's background job ignores SIGINT, one of nohup SIGHUP, and children would inherit that. A handler is not
-# inherited: this process goes on ignoring the signal, and its children have the default.
-for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-    if signal.getsignal(ignored) is signal.SIG_IGN:
-        signal.signal(ignored, lambda *_: None)
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'frem-search'; from frem_search.cli import main; main()")
 USUAL_HOMES = (Path("/var/lib/frem-search"), Path("~/.local/share/frem-search").expanduser())
 
@@ -67,6 +64,20 @@ for _ in range(100):
     time.sleep(0.1)
 shutil.rmtree(folder, ignore_errors=True)
 """
+
+
+def pytest_configure(config):
+    """Let tests run as in the foreground, and so the processes that they start.
+
+    A background job of a script ignores SIGINT, one of nohup SIGHUP, and whatever it starts inherits that.
+    """
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # where tests run
+        restored = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+        # The tests themselves outlive the terminal, as nohup wants; a handler is not inherited.
+        restored[signal.SIGHUP] = lambda *_: None
+        for number, handler in restored.items():
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, handler)
 
 
 def open_folder():

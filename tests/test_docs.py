@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cogapp import Cog
-from places import REPOSITORY
+from places import MADE_BEFORE, REPOSITORY
 from typer.main import get_command
 
 from frem_search import __version__
@@ -17,6 +17,7 @@ from frem_search.data import DATASETS
 from frem_search.figures import FIGURES
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.networks import NETWORKS, network_params
+from frem_search.study import file as study_file
 from frem_search.study.parameters import TRAINING_PARAMS
 
 DOCS = REPOSITORY / "docs"
@@ -51,13 +52,12 @@ def command_lines():
 
 LINES = list(command_lines())
 GENERATED = ["cli.md", "networks.md"]
-MADE_BEFORE = REPOSITORY / "tests" / "data"  # files of earlier versions: not ours to edit
 
 
 def text_files():
     for name in ("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt", ".gitignore"):
         yield REPOSITORY / name
-    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", "recipes", ".ci"):
+    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", "recipes", "tools", ".ci"):
         for path in (REPOSITORY / folder).rglob("*"):
             if path.is_file() and path.suffix not in (".png", ".pyc") and MADE_BEFORE not in path.parents:
                 yield path
@@ -183,6 +183,11 @@ def test_decisions_are_dated_and_short():
         assert re.match(r"\*\*\d{4}-\d\d-\d\d\. [^*]+\?\*\* ", entry), entry
         assert "Given up: " in " ".join(entry.split()), entry
         assert len(entry.strip().splitlines()) <= 5, entry
+
+
+def test_the_wheel_ships_the_studies_where_they_are_looked_up():
+    shipped = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert shipped == {"studies": str((Path(study_file.__file__).parent / "shipped").relative_to(REPOSITORY))}
 
 
 def test_every_dependency_has_its_reason():

@@ -12,10 +12,8 @@ import ast
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-Arrows = dict[str, set[str]]
 
 
 def imports_of(file: Path) -> Iterator[str]:
@@ -23,15 +21,17 @@ def imports_of(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                sys.exit(f"{file}:{node.lineno}: expected absolute imports, but got a relative one. Name the package.")
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def draw_arrows(package: Path) -> Arrows:
+def draw_arrows(package: Path) -> dict[str, set[str]]:
     """Return for each room of a package the rooms that it imports."""
     rooms = {path.stem: path for path in package.iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
     rooms.pop("__init__", None)
-    arrows: Arrows = {}
+    arrows = {}
     for room, path in rooms.items():
         files = path.rglob("*.py") if path.is_dir() else [path]
         parts = (name.split(".") for file in files for name in imports_of(file))
@@ -40,58 +40,49 @@ def draw_arrows(package: Path) -> Arrows:
     return arrows
 
 
-def find_circle(arrows: Arrows) -> list[str]:
-    """Return rooms that import each other in a circle, the first one again at the end; empty if there is none."""
-    done: set[str] = set()
+def count_floors(arrows: dict[str, set[str]]) -> int:
+    """Return how many rooms the longest way down enters.
 
-    def walk(room: str, way: list[str]) -> list[str]:
-        if room in way:
-            return [*way[way.index(room) :], room]
-        if room in done:
-            return []
-        found = next(filter(None, (walk(target, [*way, room]) for target in sorted(arrows[room]))), [])
-        done.add(room)
-        return found
-
-    return next(filter(None, (walk(room, []) for room in sorted(arrows))), [])
+    Raises:
+        CycleError: Rooms import each other in a circle.
+    """
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(arrows).static_order():
+        floors[room] = 1 + max((floors[target] for target in arrows[room]), default=0)
+    return max(floors.values(), default=0)
 
 
-def count_floors(arrows: Arrows) -> int:
-    """Return how many rooms the longest way down enters."""
-
-    @cache
-    def floor(room: str) -> int:
-        return 1 + max((floor(target) for target in arrows[room]), default=0)
-
-    return max(map(floor, arrows), default=0)
-
-
-def arrows_up(arrows: Arrows, layers: list[str]) -> list[str]:
-    """Return the arrows between rooms of one layer, and those to a layer above; a room in no layer is an error."""
+def arrows_up(arrows: dict[str, set[str]], layers: list[str]) -> list[str]:
+    """Return the arrows to a room of the same layer or of one above; a room in no layer ends the program."""
     height = {name.strip(): -i for i, layer in enumerate(layers) for name in layer.split("|")}
     if unknown := sorted(set(arrows) - set(height)):
-        sys.exit(f"pyproject.toml: expected every room in a layer, but these are in none: {', '.join(unknown)}.")
+        sys.exit(f"pyproject.toml: expected every room in a layer, but {', '.join(unknown)} is in none. Add it to one.")
     return [f"{a} -> {b}" for a in sorted(arrows) for b in sorted(arrows[a]) if height[a] <= height[b]]
 
 
 def main() -> None:
     """Print the counts of the package in the working directory, and exit with 1 if one is over its bound."""
-    parser = argparse.ArgumentParser(description="Count rooms, arrows, floors, circles and arrows up.")
+    parser = argparse.ArgumentParser(description="Count rooms, floors and arrows; find circles and arrows up.")
     for name in ("rooms", "floors", "arrows"):
         parser.add_argument(f"--most-{name}", type=int, default=sys.maxsize)
-    most = parser.parse_args()
-    tools = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["importlinter"]
-    arrows = draw_arrows(Path(tools["root_package"]))
-    circle, up = find_circle(arrows), arrows_up(arrows, tools["contracts"][0]["layers"])
-    counts = {"rooms": len(arrows), "arrows": sum(map(len, arrows.values()))}
-    counts |= {"floors": 0 if circle else count_floors(arrows)}
-    print(", ".join(f"{count} {name}" for name, count in counts.items()), end="; ")
-    print("circle: " + " -> ".join(circle) if circle else "no circle", end="; ")
-    print("arrows up: " + ", ".join(up) if up else "no arrow up")
-    over = [name for name, count in counts.items() if count > getattr(most, f"most_{name}")]
-    for name in over:
-        print(f"expected at most {getattr(most, f'most_{name}')} {name}, but got {counts[name]}.", file=sys.stderr)
-    sys.exit(bool(over or circle or up))
+    bounds = vars(parser.parse_args())
+    linter = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["importlinter"]
+    package = linter["root_package"]
+    arrows = draw_arrows(Path(package))
+    try:
+        counts = {"rooms": len(arrows), "floors": count_floors(arrows), "arrows": sum(map(len, arrows.values()))}
+    except CycleError as error:
+        sys.exit(
+            f"{package}: expected no circle of rooms, but got {' -> '.join(reversed(error.args[1]))}. Move an import."
+        )
+    print(", ".join(f"{count} {name}" for name, count in counts.items()) + ", no circle")
+    if up := arrows_up(arrows, linter["contracts"][0]["layers"]):
+        sys.exit(f"{package}: expected imports that point down, but got {', '.join(up)}. Move the import or the layer.")
+    for name, count in counts.items():
+        if count > (most := bounds[f"most_{name}"]):
+            sys.exit(
+                f"{package}: expected at most {most} {name}, but got {count}. Untangle them before you raise the bound."
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""How many trials an hour a study trains on this machine: a plain loop and every arrangement of ours, in one run."""
+"""How fast this machine trains a study: a plain loop and every arrangement of trials, measured in one run.
+
+`arrangement.py` finds the fastest arrangement for a study and remembers it; `speed.py` measures one. The command
+`bench` compares them with `plain_loop.py`: `choice.py` says what enters, `result.py` what follows from the numbers;
+`report.py` and `figure.py` show them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

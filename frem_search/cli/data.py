@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from frem_search.cli.options import JsonOption
-from frem_search.cli.table import aligned
+from frem_search.cli.rows import aligned
 
 if TYPE_CHECKING:
     from frem_search.data.catalogue import DatasetSummary

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from frem_search.cli.progress import PLAIN_EVERY_S
-from frem_search.cli.table import aligned
+from frem_search.cli.rows import aligned
 
 if TYPE_CHECKING:
     from frem_search.training.member import EpochReport

@@ -19,7 +19,7 @@ from frem_search.cli.options import (
     is_stored_alone,
     storage_of,
 )
-from frem_search.cli.table import aligned
+from frem_search.cli.rows import aligned
 
 if TYPE_CHECKING:
     from frem_search.search.fork import Fork

@@ -1,21 +1,11 @@
-"""Tables to read: of trials, also as CSV to compute with, and of any cells."""
+"""Trials as a table to read and as CSV to compute with."""
 
 import csv
 import io
-from collections.abc import Sequence
 
+from frem_search.cli.rows import aligned
 from frem_search.study.record import StudyRecord, TrialRecord
 from frem_search.study.status import format_value, one_line
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return each row as a line, every column as wide as its widest cell.
-
-    >>> aligned([["name", "trials"], ["mouse_frem", "100"]])
-    ['name        trials', 'mouse_frem  100']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def trials_table(record: StudyRecord) -> str:

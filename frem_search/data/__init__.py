@@ -1,6 +1,7 @@
 """Images: found, read, checked, split and resized; here the datasets that have a name, in the order of the docs.
 
-`catalogue.py` finds or makes a dataset, `nnunet.py` reads its folder, `dataset.py` holds it in memory.
+`catalogue.py` finds or makes a dataset, `nnunet.py` reads its folder, `dataset.py` holds it in memory. `sources/` has a
+file for each named dataset, `augmentation/` what changes by the epoch.
 """
 
 from frem_search.data.sources import drosophila, drosophila_synthetic, h1299, isbi2012, mouse, mouse_synthetic

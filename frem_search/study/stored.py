@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from frem_search.errors import ContractError, UsageError
 from frem_search.study.file import StudyFile
-from frem_search.study.samplers import distributions
 from frem_search.study.space import space_to_json
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def open_study(storage: "Storage", study_file: StudyFile, contract: Mapping[str,
         ContractError: The stored study was begun with other settings; nothing is changed.
     """
     from frem_search.study.pruners import make_pruner
-    from frem_search.study.samplers import make_sampler
+    from frem_search.study.samplers import distributions, make_sampler
 
     settings = study_file.sampler
     sampler = make_sampler(

@@ -1,8 +1,8 @@
-"""Training, from the parameters of a trial to its score; nothing here knows of Optuna or of the database.
+"""Training, from the parameters of a trial to its score; nothing here imports Optuna or opens the database.
 
-In the order in which a trial meets them: `recipe.py` checks what a study may train, `objective.py` makes a trial of
-parameters, `trial.py` holds its folds, `member.py` is one network of it and `cohort.py` are all that share the device.
-One epoch of a member: `batches.py` prepares it, `epoch.py` steps and validates, and yields an `EpochReport`.
-`checkpoint.py` stores a member, `results.py` scores and keeps it. `single.py` does all this without a search, and
-`side_by_side/` has the ways in which members share the device. Images come from `resident.py` by `image_cache.py`.
+Read in this order: `recipe.py` checks what a study may train; `objective.py` builds a trial from its parameters;
+`trial.py` holds its folds, each a `member.py`; `cohort.py` trains members epoch by epoch and validates them. Within an
+epoch, `batches.py` prepares the batches, and `epoch.py` runs the steps and writes the report. `checkpoint.py` stores a
+trial on its way, `results.py` what it came to. `image_cache.py` loads images, `resident.py` holds them on the device.
+`side_by_side/` has the ways in which members share the device; `single.py` trains one configuration without a search.
 """

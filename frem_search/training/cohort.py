@@ -2,19 +2,17 @@
 
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 from frem_search.segmentation.batch import Batch
 from frem_search.segmentation.inference import score_images
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.metrics import Score
 from frem_search.segmentation.networks import redraw
-from frem_search.segmentation.output import Features
 from frem_search.system.device import is_of_device
-from frem_search.training.batches import EpochPlan, prepare_epoch, prepare_stacked
+from frem_search.training.batches import EpochPlan, prepare_epoch
 from frem_search.training.epoch import end_epoch, train_alone
 from frem_search.training.member import EpochReport, Member
-from frem_search.training.side_by_side.stacked import train_stacked
 
 
 class Cohort:
@@ -53,13 +51,9 @@ class Cohort:
 
     def begin_epoch(self, member: Member) -> Batch:
         """Draw what is random in a member's next epoch, enhanced maps and batches, and return these."""
-        return prepare_epoch(self._plan_epoch(member), seed=self.seed)
+        return prepare_epoch(self.plan_epoch(member), seed=self.seed)
 
-    def begin_epoch_stacked(self, members: Sequence[Member]) -> Batch:
-        """Do so for members of one `stack_key`; return (steps, b, ...) where all have the same, else with members."""
-        return prepare_stacked([self._plan_epoch(member) for member in members], seed=self.seed)
-
-    def _plan_epoch(self, member: Member) -> EpochPlan:
+    def plan_epoch(self, member: Member) -> EpochPlan:
         """Set network and optimizer for a member's next epoch, and return what it is to be trained on."""
         member.set_learning_rate()
         redraw(member.network, seed=self.seed, fold=member.fold, epoch=member.epoch + 1)
@@ -87,27 +81,6 @@ class Cohort:
             )
         except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
             return self.ended(member, error)
-
-    def train_epoch_stacked(self, members: Sequence[Member]) -> list[EpochReport]:
-        """Train members of one `stack_key` as one computation for one epoch, and validate them."""
-        started = time.perf_counter()
-        try:
-            epoch = self.begin_epoch_stacked(members)
-            losses, features = train_stacked(members, epoch, loss=self.loss, precision=self.precision)
-        except Exception as error:
-            if is_of_device(error):
-                raise
-            # They are as they were before. Whose fault it is shows when each is by itself.
-            return [self.train_epoch(member) for member in members]
-        reports = []
-        for slot, (member, loss) in enumerate(zip(members, losses.tolist(), strict=True)):
-            own = None if features is None else Features(*(magnitude[slot] for magnitude in features))
-            try:
-                score = self.validate(member)
-                reports.append(end_epoch(member, train_loss=loss, features=own, score=score, started=started))
-            except Exception as error:  # noqa: BLE001
-                reports.append(self.ended(member, error))
-        return reports
 
     def validate(self, member: Member) -> Score:
         """Return a member's score on the validation images, not yet waiting for the device."""

@@ -18,7 +18,7 @@ from searches import curves
 
 from frem_search.bench.speed import Arrangement
 from frem_search.errors import DeviceError
-from frem_search.search import begin as join_module
+from frem_search.search import begin as begin_module
 from frem_search.search.begin import open_worker
 from frem_search.segmentation.inference import score_images
 from frem_search.storage.database import open_storage
@@ -74,7 +74,7 @@ def side_by_side(monkeypatch):
             kept = keep_cohort(study, {"cohort": cohort, "layout": layout})
             return Arrangement(cohort=kept["cohort"], layout=kept["layout"])
 
-        monkeypatch.setattr(join_module, "settle", settle)
+        monkeypatch.setattr(begin_module, "settle", settle)
 
     return begin_with
 

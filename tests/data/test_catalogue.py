@@ -10,7 +10,7 @@ import tifffile
 from places import REAL_DATA
 
 from frem_search.data import DATASETS
-from frem_search.data import catalogue as prepare_module
+from frem_search.data import catalogue as catalogue_module
 from frem_search.data.atomic import build_folder
 from frem_search.data.cases import Case
 from frem_search.data.catalogue import check, list_datasets, prepare, summary_lines, synthesize
@@ -363,4 +363,4 @@ def test_generated_once(home, cheap_mouse, monkeypatch):
     first = load_dataset("mouse_synthetic").fingerprint
     monkeypatch.setattr(mouse_synthetic, "draw_case", None)
     assert load_dataset("mouse_synthetic").fingerprint == first
-    assert prepare_module.find_folder("mouse_synthetic") == home / "datasets" / "mouse_synthetic"
+    assert catalogue_module.find_folder("mouse_synthetic") == home / "datasets" / "mouse_synthetic"

@@ -29,7 +29,7 @@ from frem_search.system.device import (
     is_out_of_memory,
     make_repeatable,
 )
-from frem_search.training import batches as prepare_module
+from frem_search.training import batches as batches_module
 from frem_search.training import cohort as cohort_module
 from frem_search.training.batches import EpochPlan, prepare_epoch
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
@@ -37,6 +37,7 @@ from frem_search.training.cohort import Cohort
 from frem_search.training.member import CURVE_COLUMNS, Member
 from frem_search.training.resident import load_resident
 from frem_search.training.side_by_side.layouts import in_turn
+from frem_search.training.side_by_side.stacked import train_epoch_stacked
 from frem_search.training.trial import Folds
 
 CPU = torch.device("cpu")
@@ -501,14 +502,14 @@ def test_the_enhanced_maps_change_with_the_epoch_unless_they_are_fixed():
 
 def watch_batches(monkeypatch):
     seen = []
-    drawn = prepare_module.epoch_batches
+    drawn = batches_module.epoch_batches
 
     def watched(*args, **kwargs):
         batches = drawn(*args, **kwargs)
         seen.append(batches)
         return batches
 
-    monkeypatch.setattr(prepare_module, "epoch_batches", watched)
+    monkeypatch.setattr(batches_module, "epoch_batches", watched)
     return seen
 
 
@@ -560,13 +561,13 @@ def test_training_learns_a_task_that_can_be_learned(B):
 
 def test_augmentation_can_be_left_out(monkeypatch):
     turned = []
-    turn = prepare_module.turn_and_flip
+    turn = batches_module.turn_and_flip
 
     def watched(x, flags):
         turned.append(flags)
         return turn(x, flags)
 
-    monkeypatch.setattr(prepare_module, "turn_and_flip", watched)
+    monkeypatch.setattr(batches_module, "turn_and_flip", watched)
     with_it, without = make_member(), make_member(augmentation=Augmentation(turns=False))
     train(without)
     assert turned == []
@@ -596,7 +597,7 @@ def test_warped_images_reach_the_training_and_have_the_size_of_the_crop():
 
 @pytest.mark.parametrize("chunk", [1, 5, 6, 64])
 def test_an_epoch_is_the_images_of_its_batches_turned_by_their_flags(chunk, monkeypatch):
-    monkeypatch.setattr(prepare_module, "CHUNK", chunk)
+    monkeypatch.setattr(batches_module, "CHUNK", chunk)
     data = load_resident(make_dataset(n_train=11, channels=2), folds=[0], device=CPU, needs_border=True)[0]
     epoch = prepare_epoch(EpochPlan(data, 0, 3, 4, None, Augmentation()), seed=1)
     indices, flags = epoch_batches(11, 4, seed=1, fold=0, epoch=3)
@@ -938,7 +939,7 @@ def test_an_error_is_the_devices_or_the_codes(error):
 
 
 @pytest.mark.parametrize("error", [NO_MEMORY[-1], BROKEN[0], BROKEN[-1]], ids=first_line)
-@pytest.mark.parametrize("train", [lambda c, m: c.train_epoch(m[0]), lambda c, m: c.train_epoch_stacked(m)])
+@pytest.mark.parametrize("train", [lambda c, m: c.train_epoch(m[0]), train_epoch_stacked])
 def test_an_error_of_the_device_concerns_all_members_and_is_not_tried_again(error, train):
     n_calls = []
 

@@ -1,4 +1,4 @@
-"""How training images are changed from epoch to epoch; of it, here, the eight symmetries of the square."""
+"""What a study asks of the augmentation, and the eight symmetries of the square."""
 
 from dataclasses import dataclass, replace
 

@@ -14,7 +14,7 @@ from frem_search.system.cores import n_cores
 from frem_search.training.cohort import Cohort
 from frem_search.training.member import EpochReport, Member
 from frem_search.training.side_by_side.graphs import Graphed, train_epoch_graphed
-from frem_search.training.side_by_side.stacked import stack_key
+from frem_search.training.side_by_side.stacked import stack_key, train_epoch_stacked
 
 Reports = Generator[EpochReport, None, None]
 ALONE = "in_turn"  # the layout of a single member
@@ -130,4 +130,4 @@ def _groups(members: Iterable[Member]) -> list[list[Member]]:
 def _train_group(cohort: Cohort, group: list[Member]) -> Iterable[EpochReport]:
     if len(group) == 1:  # a stack of one would only cost
         return [cohort.train_epoch(group[0])]
-    return cohort.train_epoch_stacked(group)
+    return train_epoch_stacked(cohort, group)

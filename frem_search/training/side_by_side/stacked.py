@@ -1,5 +1,6 @@
 """Several members trained side by side as one computation, for as long as one epoch."""
 
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -10,7 +11,11 @@ from frem_search.segmentation.batch import Batch
 from frem_search.segmentation.inference import precision_context
 from frem_search.segmentation.losses import Loss
 from frem_search.segmentation.output import Features
-from frem_search.training.member import Member
+from frem_search.system.device import is_of_device
+from frem_search.training.batches import prepare_stacked
+from frem_search.training.cohort import Cohort
+from frem_search.training.epoch import end_epoch
+from frem_search.training.member import EpochReport, Member
 from frem_search.training.side_by_side.stacked_adam import StackedAdam, stack, unstack
 from frem_search.training.side_by_side.stacked_kernels import SideBySide
 
@@ -21,6 +26,33 @@ def stack_key(member: Member) -> Hashable:
     images = len(member.data.train), member.data.train.image_shape
     epoch = *images, member.batch_size, member.steps_per_epoch, member.augmentation.crop_size
     return type(member.network), shapes, epoch, tuple(sorted(member.coefficients))
+
+
+def train_epoch_stacked(cohort: Cohort, members: Sequence[Member]) -> list[EpochReport]:
+    """Train members of one `stack_key` as one computation for one epoch, and validate them."""
+    started = time.perf_counter()
+    try:
+        epoch = begin_epoch_stacked(cohort, members)
+        losses, features = train_stacked(members, epoch, loss=cohort.loss, precision=cohort.precision)
+    except Exception as error:
+        if is_of_device(error):
+            raise
+        # They are as they were before. Whose fault it is shows when each is by itself.
+        return [cohort.train_epoch(member) for member in members]
+    reports = []
+    for slot, (member, loss) in enumerate(zip(members, losses.tolist(), strict=True)):
+        own = None if features is None else Features(*(magnitude[slot] for magnitude in features))
+        try:
+            score = cohort.validate(member)
+            reports.append(end_epoch(member, train_loss=loss, features=own, score=score, started=started))
+        except Exception as error:  # noqa: BLE001
+            reports.append(cohort.ended(member, error))
+    return reports
+
+
+def begin_epoch_stacked(cohort: Cohort, members: Sequence[Member]) -> Batch:
+    """Draw what is random in an epoch; return batches (steps, b, ...) where all have the same, else with members."""
+    return prepare_stacked([cohort.plan_epoch(member) for member in members], seed=cohort.seed)
 
 
 def train_stacked(
@@ -36,7 +68,7 @@ def train_stacked(
     goes wrong. No number of one member reaches another.
 
     Args:
-        members: Of one `stack_key`, as `Cohort.begin_epoch_stacked` left them; they may differ in everything else.
+        members: Of one `stack_key`, as `begin_epoch_stacked` left them; they may differ in everything else.
         epoch: Their batches: (steps, b, ...) if they are the same for all, else (steps, members, b, ...).
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frem_search.data.augmentation.turns import Augmentation
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.networks import build_network
-from frem_search.training import batches as prepare_module
+from frem_search.training import batches as batches_module
 from frem_search.training.batches import EpochPlan, prepare_epoch
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
 from frem_search.training.cohort import Cohort
 from frem_search.training.member import Member
 from frem_search.training.resident import Images, Part, ResidentData
-from frem_search.training.side_by_side.stacked import stack_key, train_stacked
+from frem_search.training.side_by_side.stacked import begin_epoch_stacked, stack_key, train_stacked
 from frem_search.training.side_by_side.stacked_adam import StackedAdam, stack
 from frem_search.training.side_by_side.stacked_kernels import SideBySide
 from frem_search.training.trial import Folds
@@ -88,7 +88,7 @@ def train_side_by_side(members, *, n_epochs=1, precision="fp32"):
     """Return mean losses [epoch, member] and the feature magnitudes of each epoch."""
     losses, features = [], []
     for _ in range(n_epochs):
-        epoch = make_cohort().begin_epoch_stacked(members)
+        epoch = begin_epoch_stacked(make_cohort(), members)
         loss, magnitudes = train_stacked(members, epoch, loss=LOSS, precision=precision)
         for member in members:
             member.epoch += 1
@@ -228,14 +228,14 @@ def test_a_checkpoint_of_a_stacked_member_is_one_of_a_plain_member():
 
 def watch_augmentation(monkeypatch):
     seen = []
-    turn = prepare_module.turn_and_flip
+    turn = batches_module.turn_and_flip
 
     def watched(x, flags):
         if x.is_floating_point():
             seen.append(len(x))
         return turn(x, flags)
 
-    monkeypatch.setattr(prepare_module, "turn_and_flip", watched)
+    monkeypatch.setattr(batches_module, "turn_and_flip", watched)
     return seen
 
 
