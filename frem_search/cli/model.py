@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -125,9 +125,10 @@ def train(
         return
     for path, fold in zip(written, result.get("folds", [result]), strict=True):
         typer.echo(f"{path}: {settled.name}, epoch {fold['best_epoch']} of {settled.n_epochs}, the best on val")
-    typer.echo(
-        scores_table(settled.score, {part: result[part] for part in ("val", "test") if part in result}), nl=False
-    )
+    columns: dict[str, Any] = {part: result[part] for part in ("val", "test") if part in result}
+    if "phases" in result:
+        columns |= {f"{part}, enhanced": scores for part, scores in result["phases"]["enhanced"].items()}
+    typer.echo(scores_table(settled.score, columns), nl=False)
 
 
 def evaluate(
@@ -136,6 +137,9 @@ def evaluate(
     trial: TrialOption = "best",
     part: Annotated[str, typer.Option("--part", help="test, val or train.")] = "test",
     fold: FoldOption = None,
+    enhanced: Annotated[
+        bool, typer.Option("--enhanced", help="Enhance the maps of the best epoch as in training (FREM, Table 1).")
+    ] = False,
     quick: QuickOption = False,
     dataset: DatasetOption = None,
     storage: StorageOption = None,
@@ -159,7 +163,7 @@ def evaluate(
     kept, images = _kept(
         weights, study, trial, quick=quick, dataset=dataset, storage=storage, artifacts=artifacts, fold=fold
     )
-    scored = evaluate_weights(kept, dataset=images, part=part, fold=fold, device=device)
+    scored = evaluate_weights(kept, dataset=images, part=part, fold=fold, device=device, enhanced=enhanced)
     if as_json:
         typer.echo(json.dumps({"study": kept.study, "trial": kept.trial} | asdict(scored), indent=2))
         return

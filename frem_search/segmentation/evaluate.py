@@ -1,6 +1,7 @@
 """A trained network's score on labelled images."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -10,6 +11,7 @@ from frem_search.data.augmentation.orientations import eight_orientations
 from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.errors import ContractError, DatasetError, UsageError
 from frem_search.segmentation.inference import score_images
+from frem_search.segmentation.networks import has_effect, in_phase
 from frem_search.segmentation.weights import Weights
 from frem_search.system.device import find_device
 
@@ -40,7 +42,13 @@ class Evaluation:
 
 
 def evaluate(
-    weights: Weights, *, dataset: str | None = None, part: str = "test", fold: int | None = None, device: str = "auto"
+    weights: Weights,
+    *,
+    dataset: str | None = None,
+    part: str = "test",
+    fold: int | None = None,
+    device: str = "auto",
+    enhanced: bool = False,
 ) -> Evaluation:
     """Score the images of one part of a dataset, in the precision and at the size of the training.
 
@@ -50,9 +58,10 @@ def evaluate(
         part: `train`, `val` or `test`.
         fold: None is the one that the network was trained on.
         device: As `find_device` takes it.
+        enhanced: Enhance the maps that were enhanced in the best epoch, whatever the network does in test by itself.
 
     Raises:
-        UsageError: There is no such part.
+        UsageError: There is no such part, or the network enhances nothing.
         DatasetError: The dataset is missing, the part is empty, or channels or classes are others than the network's.
         ContractError: The dataset has the name of the one trained on, but other content.
     """
@@ -77,15 +86,20 @@ def evaluate(
     images, labels = loaded.images[indices], loaded.labels[indices]
     if weights.is_eightfold:
         images, labels = eight_orientations(images), eight_orientations(labels)
-    score = score_images(
-        weights.build(chosen),
-        torch.from_numpy(images).to(chosen).contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(labels).to(chosen),
-        metric=weights.score,
-        n_classes=len(weights.class_names),
-        precision=weights.precision,
-        tiles=weights.tiles,
-    )
+    network = weights.build(chosen)
+    if enhanced and not has_effect(network):
+        message = f"--enhanced: expected weights of a training with FREM, but {weights.network} was trained without."
+        raise UsageError(message)
+    with in_phase(network, is_enhanced=True) if enhanced else nullcontext():
+        score = score_images(
+            network,
+            torch.from_numpy(images).to(chosen).contiguous(memory_format=torch.channels_last),
+            torch.from_numpy(labels).to(chosen),
+            metric=weights.score,
+            n_classes=len(weights.class_names),
+            precision=weights.precision,
+            tiles=weights.tiles,
+        )
     values = [value if math.isfinite(value) else None for value in score.per_class.tolist()]
     per_class = dict(zip(weights.class_names, values, strict=True))
     return Evaluation(loaded.name, part, fold, len(labels), weights.score, score.value.item(), per_class)

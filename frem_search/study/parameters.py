@@ -23,6 +23,10 @@ def _is_size(value: object) -> bool:
     return len(sides) == 2 and all(_is_count(side) for side in sides)
 
 
+def _is_seed(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_share(value: object) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
@@ -57,6 +61,8 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "steps_per_epoch": ("an integer of at least 1", lambda value: value is None or _is_count(value)),
     "tiles": ("an integer of at least 1", _is_count),
     "eightfold": ("true or false", _is_flag),
+    "seed": ("an integer of at least 0", _is_seed),
+    "recalibrate": ("true or false", _is_flag),
 }
 
 
@@ -84,6 +90,8 @@ class TrainingParams:
     steps_per_epoch: int | None = None
     tiles: int = 1
     eightfold: bool = False
+    seed: int = 0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         for name, (expected, is_allowed) in ALLOWED.items():

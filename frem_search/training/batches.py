@@ -16,10 +16,11 @@ CHUNK = 64  # images augmented at a time: bounds the memory that takes
 
 
 class EpochPlan(NamedTuple):
-    """What an epoch is prepared from, beside the seed; members of equal plans train on the same batches.
+    """What an epoch is prepared from; members of equal plans train on the same batches.
 
     Args:
         data: The images.
+        seed: With fold and epoch it decides all that is random.
         fold: Which one they are of.
         epoch: Which one, from 1 on.
         batch_size: Images in a step.
@@ -28,6 +29,7 @@ class EpochPlan(NamedTuple):
     """
 
     data: ResidentData
+    seed: int
     fold: int
     epoch: int
     batch_size: int
@@ -35,21 +37,16 @@ class EpochPlan(NamedTuple):
     augmentation: Augmentation
 
 
-def prepare_epoch(plan: EpochPlan, *, seed: int) -> Batch:
-    """Return the batches of an epoch, (steps, b, ...), images channels last in memory; nothing waits for the device.
-
-    Args:
-        plan: The epoch.
-        seed: The study's; with fold and epoch it decides all that is random.
-    """
+def prepare_epoch(plan: EpochPlan) -> Batch:
+    """Return the batches of an epoch, (steps, b, ...), images channels last in memory; nothing waits for the device."""
     data, part = plan.data, plan.data.train
     indices, flags = epoch_batches(
-        len(part), plan.batch_size, seed=seed, fold=plan.fold, epoch=plan.epoch, n_steps=plan.n_steps
+        len(part), plan.batch_size, seed=plan.seed, fold=plan.fold, epoch=plan.epoch, n_steps=plan.n_steps
     )
     rows, turns = (
         torch.from_numpy(each.reshape(indices.size, *each.shape[2:])).to(data.device) for each in (indices, flags)
     )
-    warps = Warps(plan.augmentation, seed=seed, fold=plan.fold, epoch=plan.epoch, device=data.device)
+    warps = Warps(plan.augmentation, seed=plan.seed, fold=plan.fold, epoch=plan.epoch, device=data.device)
     chunks = [
         _augmented(part, row, turn, warps) for row, turn in zip(rows.split(CHUNK), turns.split(CHUNK), strict=True)
     ]
@@ -59,16 +56,15 @@ def prepare_epoch(plan: EpochPlan, *, seed: int) -> Batch:
     return whole.map(lambda each: each.unflatten(0, indices.shape))
 
 
-def prepare_stacked(plans: Sequence[EpochPlan], *, seed: int) -> Batch:
+def prepare_stacked(plans: Sequence[EpochPlan]) -> Batch:
     """Return the batches of several members: (steps, b, ...) if all have the same, else (steps, members, b, ...).
 
     Args:
         plans: Each member's; their epochs have one shape.
-        seed: The study's.
     """
     stacked: Batch | None = None
     for plan in dict.fromkeys(plans):
-        own = prepare_epoch(plan, seed=seed)
+        own = prepare_epoch(plan)
         if len(set(plans)) == 1:
             return own
         stacked = stacked or _room_for(own, n=len(plans))

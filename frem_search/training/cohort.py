@@ -16,21 +16,19 @@ from frem_search.training.member import EpochReport, Member
 
 
 class Cohort:
-    """Members that share loss, metric, precision and the seed from which batches and turns follow.
+    """Members that share loss, metric and precision.
 
-    A member's batches depend on seed and on its own fold and epoch, so that it trains the same alone, among others and
-    in a slot that another one left.
+    A member's batches depend on its own seed, fold and epoch, so that it trains the same alone, among others and in a
+    slot that another one left.
 
     Args:
         loss: A name of `LOSSES`.
         metric: A name of `METRICS`.
         precision: `fp32` or `bf16`.
-        seed: The study's.
     """
 
-    def __init__(self, *, loss: str, metric: str, precision: str, seed: int) -> None:
+    def __init__(self, *, loss: str, metric: str, precision: str) -> None:
         self.loss, self.metric, self.precision = LOSSES[loss], metric, precision
-        self.seed = seed
         self.members: dict[Hashable, Member] = {}
 
     def admit(self, member: Member) -> None:
@@ -51,14 +49,15 @@ class Cohort:
 
     def begin_epoch(self, member: Member) -> Batch:
         """Draw what is random in a member's next epoch, enhanced maps and batches, and return these."""
-        return prepare_epoch(self.plan_epoch(member), seed=self.seed)
+        return prepare_epoch(self.plan_epoch(member))
 
     def plan_epoch(self, member: Member) -> EpochPlan:
         """Set network and optimizer for a member's next epoch, and return what it is to be trained on."""
         member.set_learning_rate()
-        redraw(member.network, seed=self.seed, fold=member.fold, epoch=member.epoch + 1)
+        redraw(member.network, seed=member.seed, fold=member.fold, epoch=member.epoch + 1)
         return EpochPlan(
             data=member.data,
+            seed=member.seed,
             fold=member.fold,
             epoch=member.epoch + 1,
             batch_size=member.batch_size,
@@ -85,6 +84,7 @@ class Cohort:
     def validate(self, member: Member) -> Score:
         """Return a member's score on the validation images, not yet waiting for the device."""
         data = member.data
+        member.prepare_score(precision=self.precision)
         return score_images(
             member.network,
             data.val.images,

@@ -79,6 +79,7 @@ def end_epoch(
     if is_finite and value > member.best_score:
         member.best_score, member.best_epoch, member.best_per_class = value, member.epoch, per_class
         member.keep_weights()
+    member.resume()
     seconds = time.perf_counter() - started
     _note(member, train_loss=train_loss, score=value, per_class=per_class, features=features, seconds=seconds)
     return EpochReport(

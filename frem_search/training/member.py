@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from frem_search.data.augmentation.turns import Augmentation
+from frem_search.segmentation.networks import follow_length
+from frem_search.training.recalibration import copy_statistics, recalibrate, restore_statistics
 from frem_search.training.resident import ResidentData
 from frem_search.training.schedule import Schedule, factor_at
 
@@ -31,12 +33,14 @@ class Member:
         batch_size: Images in a step.
         n_epochs: When it is done.
         fold: Which one the images are of.
+        seed: From which batches, turns and enhanced maps follow.
         augmentation: What happens to images before they are trained on.
         weight_decay: Of Adam: this times the weight is added to its gradient.
         schedule: By what the learning rate is multiplied, from which epoch on.
         patience: After how many epochs without a better score it is done; None is never.
         steps_per_epoch: None is one pass over all images.
         tiles: Into how many bands of regions, and regions of a band, an image is cut to be predicted.
+        recalibrate: Whether statistics of normalization are estimated again before a score.
     """
 
     key: Hashable
@@ -47,12 +51,14 @@ class Member:
     batch_size: int
     n_epochs: int
     fold: int = 0
+    seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     weight_decay: float = 0.0
     schedule: Schedule = ()
     patience: int | None = None
     steps_per_epoch: int | None = None
     tiles: int = 1
+    recalibrate: bool = False
     epoch: int = 0  # epochs done
     is_waiting: bool = False  # for other folds of its trial
     has_ended: bool = False  # before its time: its loss was no number, or its code raised
@@ -64,9 +70,11 @@ class Member:
 
     def __post_init__(self) -> None:
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        follow_length(self.network, self.n_epochs * self.n_steps)
         is_cuda = self.data.device.type == "cuda"
         # On CUDA a tensor: a CUDA graph of the optimizer's step would replay a number as it was when it was captured.
         self._rate = torch.tensor(self.learning_rate, device=self.data.device) if is_cuda else None
+        self._statistics: dict[str, Tensor] = {}  # of training, while recalibrated ones are in their place
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=self.learning_rate if self._rate is None else self._rate,
@@ -95,6 +103,11 @@ class Member:
         return self.epoch >= self.n_epochs or is_stuck
 
     @property
+    def n_steps(self) -> int:
+        """How many steps an epoch has."""
+        return self.steps_per_epoch or -(-len(self.data.train) // self.batch_size)
+
+    @property
     def images_per_epoch(self) -> int:
         """How many training images an epoch has, those not counted that only fill its last batch."""
         n_images = len(self.data.train)
@@ -104,6 +117,21 @@ class Member:
     def is_active(self) -> bool:
         """Whether there is anything left to train now."""
         return not (self.is_done or self.has_ended or self.is_waiting)
+
+    def prepare_score(self, *, precision: str) -> None:
+        """Bring the network to the state in which it is scored and kept; `resume` brings it back.
+
+        Args:
+            precision: `fp32` or `bf16`.
+        """
+        if self.recalibrate:
+            self._statistics = copy_statistics(self.network)
+            images = self.data.train.images
+            recalibrate(self.network, images, batch_size=self.batch_size, precision=precision)
+
+    def resume(self) -> None:
+        """Bring the network back to the state in which it trains on."""
+        restore_statistics(self.network, self._statistics)
 
     def keep_weights(self) -> None:
         """Remember the weights as they are now."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from frem_search import __version__
+from frem_search import __version__, seeds
 from frem_search.data.augmentation.turns import Augmentation
 from frem_search.data.dataset import Dataset
 from frem_search.errors import ArtifactError
@@ -77,7 +77,7 @@ class Objective:
         self._artifacts, self._study_uid = artifacts, study_uid
         self._images = ImageCache(study_file, dataset, device)
         self._results = Results(study_file, dataset, precision, artifacts, study_uid)
-        self._cohort = Cohort(loss=study_file.loss, metric=study_file.score, precision=precision, seed=self.seed)
+        self._cohort = Cohort(loss=study_file.loss, metric=study_file.score, precision=precision)
         self._trials: dict[int, Folds] = {}
         self._layout = layout
         self._params: dict[int, dict[str, Any]] = {}
@@ -86,10 +86,10 @@ class Objective:
         make_repeatable(device)
         use_cores(layout)
 
-    @property
-    def seed(self) -> int:
-        """From which weights, batches, turns and enhanced maps follow."""
-        return self._file.sampler.seed
+    def seed(self, params: Mapping[str, Any]) -> int:
+        """Return from what a trial's weights, batches, turns and enhanced maps follow: the study's seed and its own."""
+        own, of_study = int(params.get("seed", 0)), self._file.sampler.seed
+        return seeds.derive(of_study, "training", own) if own else of_study
 
     def admit(self, number: int, params: Mapping[str, Any]) -> Folds:
         """Build a trial's networks and bring them to its last checkpoint; one that cannot be used is set aside.
@@ -123,7 +123,7 @@ class Objective:
             self._file.network,
             in_channels=data.in_channels,
             n_classes=data.n_classes,
-            seed=self.seed,
+            seed=self.seed(params),
             params=split.network,
         ).to(self._device)
         return Member(
@@ -135,12 +135,14 @@ class Objective:
             batch_size=training.batch_size,
             n_epochs=self._file.n_epochs,
             fold=fold,
+            seed=self.seed(params),
             augmentation=_augmentation(training),
             weight_decay=training.weight_decay,
             schedule=training.schedule,
             patience=training.patience,
             steps_per_epoch=training.steps_per_epoch,
             tiles=training.tiles,
+            recalibrate=training.recalibrate,
         )
 
     def epochs(self) -> Generator[EpochReport, None, None]:
@@ -221,7 +223,7 @@ class Objective:
             "threads": torch.get_num_threads() if self._device.type == "cpu" else None,
             "host": platform.node(),
             "precision": self._precision,
-            "seed": self.seed,
+            "seed": self._file.sampler.seed,
             "cohort": self._beside[number],
             "layout": self._layout,
             "seconds": round(sum(trial.curve["seconds"]), 3),

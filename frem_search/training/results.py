@@ -12,6 +12,7 @@ from frem_search.data.augmentation.orientations import N_ORIENTATIONS
 from frem_search.data.dataset import Dataset
 from frem_search.segmentation.inference import predict
 from frem_search.segmentation.metrics import METRICS, Score
+from frem_search.segmentation.networks import has_effect, in_phase
 from frem_search.segmentation.pictures import MOST_IMAGES, curve_csv, predictions_png
 from frem_search.segmentation.weights import Weights, dump_weights
 from frem_search.storage.artifacts import Artifacts
@@ -24,6 +25,7 @@ from frem_search.training.trial import Folds, mean
 
 WEIGHTS = "weights.pt"
 PREDICTIONS = "predictions.npz"
+PHASES = ("plain", "enhanced")  # of the test: FREM off, as the paper proposes it, or on
 
 
 def place(number: int, fold: int | None) -> str:
@@ -115,12 +117,25 @@ class Results:
             pred, score = self._score(member, data.test, self.study_file.score)
             result["test"] = self._named(score.value.item(), score.per_class.tolist())
         parts = {"val": data.val} | ({"test": data.test} if len(data.test) else {})
+        if has_effect(member.network):
+            result["phases"] = self._score_phases(member, parts)
         if self.study_file.extra_scores:
             result["extra"] = {
                 name: {part: self._score(member, images, name)[1].value.item() for part, images in parts.items()}
                 for name in self.study_file.extra_scores
             }
         return result, pred
+
+    def _score_phases(self, member: Member, parts: Mapping[str, Part]) -> dict[str, Any]:
+        """Return the scores of the same weights with enhancement and without it (FREM, Table 1)."""
+        phases: dict[str, Any] = {}
+        for phase in PHASES:
+            with in_phase(member.network, is_enhanced=phase == "enhanced"):
+                scores = {part: self._score(member, images, self.study_file.score)[1] for part, images in parts.items()}
+            phases[phase] = {
+                part: self._named(score.value.item(), score.per_class.tolist()) for part, score in scores.items()
+            }
+        return phases
 
     def _score(self, member: Member, part: Part, name: str) -> tuple[torch.Tensor, Score]:
         """Return the prediction of some images, and a score of it."""
@@ -184,14 +199,22 @@ def _pack_predictions(cases: tuple[str, ...], pred: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _mean_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the means over folds of their scores, and each fold's own."""
+def _mean_scores(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over folds of the scores of each part that all of them have."""
     whole: dict[str, Any] = {}
     for part in (part for part in ("val", "test") if all(part in result for result in results)):
         scores = [result[part] for result in results]
         classes = {name: mean([each["per_class"][name] for each in scores]) for name in scores[0]["per_class"]}
         values = {name: mean([each[name] for each in scores]) for name in scores[0] if name != "per_class"}
         whole[part] = values | {"per_class": classes}
+    return whole
+
+
+def _mean_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over folds of their scores, and each fold's own."""
+    whole = _mean_scores(results)
+    if "phases" in results[0]:
+        whole["phases"] = {phase: _mean_scores([result["phases"][phase] for result in results]) for phase in PHASES}
     if "extra" in results[0]:
         whole["extra"] = {
             name: {part: mean([result["extra"][name][part] for result in results]) for part in parts if part in whole}

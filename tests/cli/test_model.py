@@ -243,6 +243,12 @@ def test_kept_weights_score_what_the_trial_scored(record, tiny_dataset, artifact
             assert scored.n_images == 2
 
 
+def test_enhanced_evaluation_of_a_network_that_enhances_nothing_is_refused(study, tiny_dataset):
+    kept = load_weights(trained(study, B=0).weights[""], where="here")
+    with pytest.raises(UsageError, match="--enhanced: expected weights of a training with FREM, but unet was"):
+        evaluate(kept, dataset=str(tiny_dataset), enhanced=True, device="cpu")
+
+
 def test_predictions_are_those_that_the_trial_left(record, tiny_dataset, artifacts, tmp_path):
     folder = Path(artifacts) / f"small-{record.uid[:8]}" / "0"
     stored = np.load(folder / "predictions.npz")
@@ -468,6 +474,10 @@ def test_train_evaluate_and_predict_need_no_database(run_cli, tiny_study, tiny_d
 
     scored = run_cli("evaluate", "--weights", "new/w.pt", "--dataset", tiny_dataset, "--json", **nowhere)
     assert json.loads(scored.stdout)["value"] == answer["result"]["test"]["mean_iou"]
+    enhanced = run_cli(
+        "evaluate", "--weights", "new/w.pt", "--dataset", tiny_dataset, "--enhanced", "--json", **nowhere
+    )
+    assert json.loads(enhanced.stdout)["per_class"] == answer["result"]["phases"]["enhanced"]["test"]["per_class"]
     image = tiny_dataset / "imagesTr" / "case00_0000.png"
     predicted = run_cli("predict", "--weights", "new/w.pt", image, "--out", "out", **nowhere)
     assert predicted.stdout.split() == ["out/case00_0000.png", "out/case00_0000_overlay.png"]

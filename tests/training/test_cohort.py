@@ -68,8 +68,8 @@ def make_dataset(*, n_train=6, n_val=2, n_test=2, size=(16, 16), channels=1):
     return Dataset("d", None, ("ground", "square"), ("grey",) * channels, cases, images, labels, (split,), "0" * 64)
 
 
-def make_cohort(*, precision="fp32", seed=0):
-    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=seed)
+def make_cohort(*, precision="fp32"):
+    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision)
 
 
 def make_member(key=0, *, n_epochs=4, seed=0, channels=1, dataset=None, device=CPU, **params):
@@ -86,6 +86,7 @@ def make_member(key=0, *, n_epochs=4, seed=0, channels=1, dataset=None, device=C
         learning_rate=rate,
         batch_size=batch_size,
         n_epochs=n_epochs,
+        seed=seed,
         **settings,
     )
 
@@ -528,8 +529,8 @@ def test_every_trial_begins_with_the_same_weights_and_sees_the_same_batches(monk
 def test_the_seed_changes_weights_batches_and_maps(monkeypatch):
     seen = watch_batches(monkeypatch)
     members = [make_member(seed=seed) for seed in (0, 1)]
-    for seed, member in enumerate(members):
-        train(member, make_cohort(seed=seed))
+    for member in members:
+        train(member, make_cohort())
     assert not np.array_equal(seen[0].indices, seen[4].indices)
     assert members[0].curve["train_loss"] != members[1].curve["train_loss"]
     assert not torch.equal(make_member(seed=0).network.head.weight, make_member(seed=1).network.head.weight)
@@ -599,7 +600,7 @@ def test_warped_images_reach_the_training_and_have_the_size_of_the_crop():
 def test_an_epoch_is_the_images_of_its_batches_turned_by_their_flags(chunk, monkeypatch):
     monkeypatch.setattr(batches_module, "CHUNK", chunk)
     data = load_resident(make_dataset(n_train=11, channels=2), folds=[0], device=CPU, needs_border=True)[0]
-    epoch = prepare_epoch(EpochPlan(data, 0, 3, 4, None, Augmentation()), seed=1)
+    epoch = prepare_epoch(EpochPlan(data, 1, 0, 3, 4, None, Augmentation()))
     indices, flags = epoch_batches(11, 4, seed=1, fold=0, epoch=3)
     assert epoch.n_steps == len(indices)
     for i, (rows, turns) in enumerate(zip(indices, flags, strict=True)):
@@ -617,8 +618,8 @@ def test_images_labels_and_distances_are_moved_alike():
     images = data.train.whole.labels[:, None].float()
     whole = replace(data.train.whole, images=images, border=images[:, 0])
     data = replace(data, train=replace(data.train, whole=whole))
-    plan = EpochPlan(data, 0, 1, 4, None, replace(WARPS, crop_size=(20, 20), alpha=30.0))
-    epoch = prepare_epoch(plan, seed=0)
+    plan = EpochPlan(data, 0, 0, 1, 4, None, replace(WARPS, crop_size=(20, 20), alpha=30.0))
+    epoch = prepare_epoch(plan)
     torch.testing.assert_close(epoch.border, epoch.image[:, :, 0])
     within = (epoch.border == 0) | (epoch.border == 1)  # where all four pixels around agree
     assert 0.5 < within.float().mean() < 1
@@ -686,10 +687,10 @@ def test_an_epoch_may_have_fewer_steps_than_a_pass():
 
 def test_python_asks_for_no_value_while_an_epoch_is_prepared():
     data = load_resident(make_dataset(n_train=24), folds=[0], device=CPU, needs_border=True)[0]
-    plan = EpochPlan(data, 0, 1, 4, 3, WARPS)
-    prepare_epoch(plan, seed=0)
+    plan = EpochPlan(data, 0, 0, 1, 4, 3, WARPS)
+    prepare_epoch(plan)
     with CountReadBacks() as counter:
-        prepare_epoch(plan, seed=0)
+        prepare_epoch(plan)
     assert counter.n == 0
 
 

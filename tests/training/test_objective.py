@@ -19,6 +19,7 @@ from frem_search import __version__
 from frem_search.data.augmentation.turns import Augmentation
 from frem_search.data.dataset import load_dataset
 from frem_search.errors import ArtifactError, DeviceError, DeviceMemoryError, ParameterError, StudyFileError, UsageError
+from frem_search.seeds import derive
 from frem_search.segmentation.evaluate import evaluate
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.metrics import METRICS
@@ -99,13 +100,19 @@ def train(trained, number=0, params=PARAMS, *, until=None):
         ({"B": -1}, "params.B: expected 0 to 16, the bottleneck's maps, but got -1."),
         ({"B": {"low": 0.0, "high": 16.0}}, "params.B: expected a value of type int, but got 0.0."),
         ({"B": True}, "params.B: expected a value of type int, but got True."),
-        ({"X": {"low": 0, "high": 10}}, "params.X: expected a finite factor above 0, but got 0.0."),
-        ({"X": 1e39}, "params.X: expected a finite factor above 0, but got 1e+39."),
+        ({"X": {"low": 0, "high": 10}}, "params.X: expected a finite factor above 0, at most 1e6, as"),
+        ({"X": 1e39}, "params.X: expected a finite factor above 0, at most 1e6, as"),
         ({"X": "big"}, "params.X: expected a value of type float, but got 'big'."),
         ({"depth": 0}, "params.depth: expected at least 1, but got 0."),
         ({"depth": [2, 60]}, "params: expected sizes that a tensor can have, but got"),
         ({"base_channels": 2**62}, "params: expected sizes that a tensor can have, but got"),
-        ({"normalization": "none"}, "params.normalization: expected 'batch_norm' or 'batch_renorm', but got 'none'."),
+        (
+            {"normalization": "x"},
+            "params.normalization: expected 'batch_norm' or 'batch_renorm' or 'none', but got 'x'.",
+        ),
+        ({"concatenation": "x"}, "params.concatenation: expected 'plain' or 'batch_norm' or"),
+        ({"seed": -1}, "params.seed: expected an integer of at least 0, but got -1."),
+        ({"recalibrate": 1}, "params.recalibrate: expected true or false, but got 1."),
         ({"supervision": 1}, "params.supervision: expected a value of type bool, but got 1."),
         ({"weight": 0.3}, "params.lambda: expected a network with an auxiliary output (supervision = true), but"),
         ({"weight": 1.1, "supervision": True}, "params.lambda: expected a weight from 0 to 1, but got 1.1."),
@@ -322,7 +329,7 @@ def test_a_study_with_everything_reaches_its_members(make_objective, with_params
     given = {
         "augmentation": False, "rotation": True, "alpha": 50.0, "sigma_elastic": 3.0, "elastic_from": 0.7,
         "mirror_quarters": 0.1, "crop_size": 8, "weight_decay": 1e-4, "schedule": [[1, 1.0], [21, 0.5]], "patience": 9,
-        "steps_per_epoch": 6, "tiles": 2, "eightfold": True,
+        "steps_per_epoch": 6, "tiles": 2, "eightfold": True, "seed": 3, "recalibrate": True,
     }  # fmt: skip
     trained = make_objective(replace(study_file, loss="border_cross_entropy"))
     member = trained.build_member(0, PARAMS | given, fold=0)
@@ -340,8 +347,10 @@ def test_a_study_with_everything_reaches_its_members(make_objective, with_params
     assert (len(member.data.train), len(member.data.val)) == (8 * 8 * 4, 2 * 8)
     assert member.data.train.border.shape == (8 * 8 * 4, 16, 16)
     assert member.coefficients == {"omega_0": 10.0, "sigma_border": 5.0}
+    assert (member.seed, member.recalibrate) == (derive(0, "training", 3), True)
     plain = trained.build_member(1, PARAMS, fold=0)
     assert plain.augmentation == Augmentation()
+    assert (plain.seed, plain.recalibrate) == (study_file.sampler.seed, False)
     assert (len(plain.data.train), plain.data.train.labels.shape[1:]) == (8, (32, 32))
     assert plain.data is not member.data
 
@@ -388,12 +397,40 @@ def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_p
     folder = tmp_path / "artifacts" / "study" / "7"
     assert sorted(path.name for path in folder.iterdir()) == [*LEFT, "weights.pt"]
     assert outcome.score == member.best_score == outcome.result["val"]["mean_iou"]
-    assert set(outcome.result) == {"best_epoch", "val", "test"}
+    assert set(outcome.result) == {"best_epoch", "val", "test", "phases"}
     assert list(outcome.result["test"]["per_class"]) == ["ground", "disc", "square"]
     assert json.loads(json.dumps(outcome.result, allow_nan=False)) == outcome.result
     with np.load(folder / "predictions.npz", allow_pickle=False) as stored:
         assert stored["cases"].tolist() == ["case10", "case11"]
         assert (stored["pred"].shape, stored["pred"].dtype) == ((2, 32, 32), np.uint8)
+
+
+def test_a_trial_with_frem_is_scored_in_both_test_phases_by_the_weights_of_one_epoch(make_objective):
+    plain, enhanced = make_objective(), make_objective(uid="enhanced")
+    train(plain, 0, PARAMS | {"X": 300.0})
+    result = plain.finish(0).result
+    assert result["phases"]["plain"] == {"val": result["val"], "test": result["test"]}
+    assert result["phases"]["enhanced"] != result["phases"]["plain"]
+    train(enhanced, 0, PARAMS | {"X": 300.0, "enhanced_in_test": True})
+    member = enhanced.trial(0).members[0]
+    member.best_weights = plain.trial(0).members[0].best_weights
+    assert enhanced.finish(0).result["phases"] == result["phases"]
+
+
+@pytest.mark.parametrize("params", [{"B": 0}, {"X": 1.0}])
+def test_a_trial_that_enhances_nothing_has_one_phase(make_objective, params):
+    trained = make_objective()
+    train(trained, 0, PARAMS | params)
+    assert "phases" not in trained.finish(0).result
+
+
+def test_a_seed_of_its_own_changes_weights_and_batches_of_a_trial_and_nothing_else(make_objective):
+    trained = make_objective()
+    for number, seed in enumerate([None, 0, 1]):
+        train(trained, number, PARAMS if seed is None else PARAMS | {"seed": seed})
+    curves = [trained.trial(number).curve["train_loss"] for number in range(3)]
+    assert curves[0] == curves[1]
+    assert curves[0] != curves[2]
 
 
 def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, study_file, tmp_path, monkeypatch):
@@ -630,7 +667,7 @@ def test_provenance_says_how_a_trial_was_trained(make_objective):
     assert provenance["host"] == platform.node()
     assert (provenance["precision"], provenance["images"]) == ("fp32", 2 * 8)
     assert (provenance["cohort"], provenance["layout"]) == (1, "in_turn")
-    assert provenance["seed"] == trained.seed
+    assert provenance["seed"] == 0
     assert provenance["seconds"] > 0
     assert provenance["peak_memory_mb"] == provenance["peak_memory_mb_per_member"] > 10
     json.dumps(provenance, allow_nan=False)

@@ -1,4 +1,4 @@
-"""The U-Net's up-convolution, doubling height and width."""
+"""Doubling height and width in a decoder: the U-Net's up-convolution, and a copy of each pixel."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,3 +38,16 @@ class UpConv(nn.Module):
         windows: Tensor = self.expand(x.permute(0, 2, 3, 1).reshape(b * h * w, c))
         rows = windows.reshape(b, h, w, 2, 2, -1).transpose(2, 3)  # b, h, window's row, w, window's column, channel
         return rows.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+
+
+class UpCopy(nn.Module):
+    """Each pixel four times: upsampling without weights.
+
+    >>> import torch
+    >>> UpCopy()(torch.arange(2.0).reshape(1, 1, 1, 2)).tolist()
+    [[[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]]]
+    """
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Return `x` at twice the height and width."""
+        return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)

@@ -1,7 +1,8 @@
 """Networks by name, and how a study's parameters become one of them."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from frem_search import seeds
 from frem_search.errors import ParameterError, UsageError, did_you_mean
+from frem_search.segmentation.layers.batch_renorm import BatchRenorm
 from frem_search.segmentation.layers.feature_enhancement import FeatureEnhancement
 from frem_search.segmentation.networks.clmser import CLmser
 from frem_search.segmentation.networks.compressed_unet import CompressedUNet
@@ -69,6 +71,38 @@ def redraw(network: nn.Module, *, seed: int, fold: int, epoch: int) -> None:
     for layer in network.modules():
         if isinstance(layer, FeatureEnhancement):
             layer.redraw(seed=seed, fold=fold, epoch=epoch)
+
+
+def has_effect(network: nn.Module) -> bool:
+    """Whether a network enhances features in training: there are maps to enhance, and by a factor that is not 1."""
+    layer = enhancement(network)
+    return layer is not None and layer.B > 0 and layer.X != 1
+
+
+@contextmanager
+def in_phase(network: nn.Module, *, is_enhanced: bool) -> Iterator[None]:
+    """Let a network enhance in test, or not, for as long as the block lasts.
+
+    Args:
+        network: Any; one without the module has one phase.
+        is_enhanced: Whether the maps of the last epoch are enhanced in test.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, FeatureEnhancement)]
+    before = [layer.enhanced_in_test for layer in layers]
+    for layer in layers:
+        layer.enhanced_in_test = is_enhanced
+    try:
+        yield
+    finally:
+        for layer, was_enhanced in zip(layers, before, strict=True):
+            layer.enhanced_in_test = was_enhanced
+
+
+def follow_length(network: nn.Module, n_steps: int) -> None:
+    """Tell the layers that depend on it how many steps the whole training has."""
+    for layer in network.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.follow(n_steps)
 
 
 def _check(key: str, value: object, *, known: Mapping[str, inspect.Parameter], network: str) -> object:

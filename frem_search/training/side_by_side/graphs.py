@@ -130,6 +130,7 @@ class Graphed:
             self._score = self._cohort.validate(self.member)
             return
         member = self.member
+        member.prepare_score(precision=self._cohort.precision)
         self._pred = predict(
             member.network,
             member.data.val.images,

@@ -52,7 +52,7 @@ def train_epoch_stacked(cohort: Cohort, members: Sequence[Member]) -> list[Epoch
 
 def begin_epoch_stacked(cohort: Cohort, members: Sequence[Member]) -> Batch:
     """Draw what is random in an epoch; return batches (steps, b, ...) where all have the same, else with members."""
-    return prepare_stacked([cohort.plan_epoch(member) for member in members], seed=cohort.seed)
+    return prepare_stacked([cohort.plan_epoch(member) for member in members])
 
 
 def train_stacked(
@@ -87,7 +87,7 @@ def train_stacked(
         optimizer.step()
         seen.append((losses.detach(), *features))
     optimizer.write_back()
-    own = [member.network.state_dict() for member in members]
+    own = [dict(member.network.named_parameters()) | dict(member.network.named_buffers()) for member in members]
     stacked = params | buffers
     unstack(stacked.values(), [[state[name] for state in own] for name in stacked])
     mean_loss, *magnitudes = (torch.stack(steps).mean(dim=0) for steps in zip(*seen, strict=True))

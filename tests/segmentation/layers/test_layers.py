@@ -6,11 +6,12 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from frem_search.errors import ParameterError
 from frem_search.segmentation.layers.batch_renorm import BatchRenorm
+from frem_search.segmentation.layers.batch_statistics import BatchStatistics
 from frem_search.segmentation.layers.double_conv import NORMALIZATIONS, DoubleConv
 from frem_search.segmentation.layers.feature_enhancement import FeatureEnhancement
 from frem_search.segmentation.layers.resize import resize_bilinear
 from frem_search.segmentation.layers.squeeze_excite import SqueezeExcite
-from frem_search.segmentation.layers.up_conv import UpConv
+from frem_search.segmentation.layers.up_conv import UpConv, UpCopy
 
 
 def images(*shape, seed=0, dtype=torch.float32):
@@ -105,9 +106,9 @@ def test_b_outside_the_maps_is_an_error_that_says_how_many_there_are(B):
         FeatureEnhancement(16, B=B)
 
 
-@pytest.mark.parametrize("X", [0.0, -1.0, float("nan"), float("inf"), 1e39])
-def test_x_that_is_not_a_finite_factor_is_an_error(X):
-    with pytest.raises(ParameterError, match="X: expected a finite factor above 0"):
+@pytest.mark.parametrize("X", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1.1e6])
+def test_x_that_is_no_factor_up_to_a_million_is_an_error(X):
+    with pytest.raises(ParameterError, match="X: expected a finite factor above 0, at most 1e6, as"):
         FeatureEnhancement(16, B=1, X=X)
 
 
@@ -151,15 +152,16 @@ def test_up_conv_equals_the_transposed_convolution(memory_format):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_double_conv_has_no_bias_before_a_normalization(normalization):
+def test_double_conv_has_a_bias_only_where_nothing_normalizes(normalization):
     layer = DoubleConv(2, 4, normalization=normalization)
-    assert [each.bias for each in layer.modules() if isinstance(each, nn.Conv2d)] == [None, None]
+    has_bias = [each.bias is not None for each in layer.modules() if isinstance(each, nn.Conv2d)]
+    assert has_bias == [normalization == "none"] * 2
     assert layer(images(2, 2, 8, 8)).min() == 0
 
 
 def test_double_conv_names_the_normalizations_it_knows():
     with pytest.raises(
-        ParameterError, match="normalization: expected batch_norm or batch_renorm, but got 'layer_norm'"
+        ParameterError, match="normalization: expected batch_norm or batch_renorm or none, but got 'layer_norm'"
     ):
         DoubleConv(2, 4, normalization="layer_norm")
 
@@ -251,3 +253,39 @@ def test_resizing_equals_interpolate_and_so_does_its_gradient(shapes):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     stacked = torch.stack([x, 2 * x])
     torch.testing.assert_close(vmap(lambda x: resize_bilinear(x, size))(stacked)[1], 2 * results[0])
+
+
+def test_limits_of_batch_renorm_open_by_the_length_of_the_training():
+    layers = [BatchRenorm(2, follows_length=True), BatchRenorm(2)]
+    before = layers[1].limits.clone(), layers[1].momentum.clone()
+    for layer in layers:
+        layer.follow(400)
+    assert layers[0].limits.tolist() == [3, 5, 0, 20, 20]
+    assert layers[0].momentum.item() == pytest.approx(0.1)  # a memory of ten steps at least
+    assert torch.equal(layers[1].limits, before[0])
+    assert torch.equal(layers[1].momentum, before[1])
+    layers[0].follow(100_000)
+    assert layers[0].limits.tolist() == [3, 5, 0, 100, 100]
+    assert layers[0].momentum.item() == pytest.approx(0.01)
+    assert sorted(layers[0].state_dict()) == ["bias", "num_batches_tracked", "running_mean", "running_std", "weight"]
+
+
+def test_an_unlimited_batch_renorm_normalizes_by_running_statistics_in_training_too():
+    layer = BatchRenorm.unlimited(3)
+    layer.running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    layer.running_std.copy_(torch.tensor([0.1, 20.0, 1.0]))
+    x = images(4, 3, 5, 5) * 3
+    expected = (x - layer.running_mean[:, None, None]) / layer.running_std[:, None, None]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_statistics_normalize_by_the_batch_in_training_and_by_each_image_in_test():
+    layer, x = BatchStatistics(3), images(4, 3, 5, 6) * 2 + 1
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
+    mean, std = x.mean(dim=(2, 3), keepdim=True), x.var(dim=(2, 3), keepdim=True, correction=0).add(1e-5).sqrt()
+    torch.testing.assert_close(layer.eval()(x), (x - mean) / std)
+
+
+def test_copies_of_pixels_equal_interpolate():
+    x = images(2, 3, 4, 5)
+    assert torch.equal(UpCopy()(x), nn.functional.interpolate(x, scale_factor=2, mode="nearest"))

@@ -5,6 +5,7 @@ import torch
 
 from frem_search.errors import ParameterError, UsageError
 from frem_search.segmentation.networks import NETWORKS, build_network, enhancement
+from frem_search.segmentation.networks.unet import JOINTS
 
 SMALL = {"base_channels": 4, "depth": 2}
 
@@ -40,8 +41,8 @@ def test_unknown_parameter_is_told_the_known_ones():
         ("base_channels", 0, "at least 1"),
         ("depth", 0, "at least 1"),
         ("squeeze_excite", 1, "a value of type bool"),
-        ("normalization", "group_norm", "'batch_norm' or 'batch_renorm'"),
-        ("normalization", ["batch_norm"], "'batch_norm' or 'batch_renorm'"),
+        ("normalization", "group_norm", "'batch_norm' or 'batch_renorm' or 'none'"),
+        ("normalization", ["batch_norm"], "'batch_norm' or 'batch_renorm' or 'none'"),
     ],
 )
 def test_wrong_value_says_what_was_expected(key, value, expected):
@@ -89,3 +90,44 @@ def test_parts_can_be_left_out():
     names = {type(each).__name__ for each in build_unet(**SMALL, squeeze_excite=False).modules()}
     assert "SqueezeExcite" not in names
     assert "DoubleConv" in names
+
+
+@pytest.mark.parametrize("before_gate", [False, True])
+def test_magnitudes_are_of_rectified_features_before_the_gate(before_gate):
+    network = build_network(
+        "unet", in_channels=1, n_classes=2, seed=0, params=SMALL | {"enhanced_before_gate": before_gate}
+    )
+    seen = []
+    for block in network.encoder:
+        convolutions = block if before_gate and block is network.encoder[-1] else block[0]
+        convolutions.register_forward_hook(lambda *of: seen.append(of[2]))
+    features = network(torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))).features
+    torch.testing.assert_close(features.bottleneck, seen[-1].abs().mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(features.skip, seen[-2].abs().mean())
+
+
+def test_the_gate_follows_the_module_that_stands_before_it():
+    params = SMALL | {"B": 16, "X": 1e6, "enhanced_before_gate": True}
+    network = build_network("unet", in_channels=1, n_classes=2, seed=0, params=params)
+    network.enhancement.redraw(seed=0, fold=0, epoch=1)
+    seen = []
+    network.gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rectified = []
+    network.encoder[-1].register_forward_hook(lambda *of: rectified.append(of[2]))
+    network(torch.randn(2, 1, 16, 16))
+    torch.testing.assert_close(seen[0], rectified[0] * 1e6)
+
+
+@pytest.mark.parametrize("concatenation", JOINTS)
+def test_a_concatenation_is_normalized_before_its_block(concatenation):
+    network = build_network(
+        "unet", in_channels=1, n_classes=2, seed=0, params=SMALL | {"concatenation": concatenation}
+    ).train()
+    seen = []
+    network.decoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(3 * torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    deviation = seen[0].std(dim=(0, 2, 3), correction=0)
+    alive = deviation > 0
+    is_normal = bool(((deviation[alive] - 1).abs() < 0.1).all())
+    # Without limits it is the running statistics that normalize, and they begin with mean 0 and deviation 1.
+    assert is_normal == (concatenation not in ("plain", "batch_renorm_unlimited"))

@@ -24,6 +24,7 @@ from frem_search.training.side_by_side import graphs as graphs_module
 from frem_search.training.side_by_side import layouts as layouts_module
 from frem_search.training.side_by_side.graphs import Graphed, train_epoch_graphed
 from frem_search.training.side_by_side.layouts import LAYOUTS, in_threads
+from frem_search.training.side_by_side.stacked import stack_key
 from frem_search.training.trial import Folds
 
 DIFFERING = (
@@ -32,7 +33,9 @@ DIFFERING = (
     {"X": 1000.0, "weight": 0.6},
     {"B": 1, "X": 3.0, "weight": 0.1, "learning_rate": 2e-2},
 )
-SETTINGS = ("augmentation", "weight_decay", "schedule", "patience", "steps_per_epoch", "tiles")  # of a member
+SETTINGS = (  # of a member
+    "augmentation", "weight_decay", "schedule", "patience", "steps_per_epoch", "tiles", "seed", "recalibrate",
+)  # fmt: skip
 N_EPOCHS, BATCH = 5, 4
 SHORT, LONG = 8, 40  # training images: 2 steps an epoch, and 10
 # A stack's kernels add in another order, and Adam makes a rounding grow: tests/training/side_by_side/test_stacked.py.
@@ -123,7 +126,7 @@ def make_members(**of_all):
 
 
 def make_cohort(*members, precision="fp32", loss="softmax_cross_entropy", metric="mean_iou"):
-    cohort = Cohort(loss=loss, metric=metric, precision=precision, seed=0)
+    cohort = Cohort(loss=loss, metric=metric, precision=precision)
     for member in members:
         cohort.admit(member)
     return cohort
@@ -233,6 +236,46 @@ def test_members_of_different_shapes_and_image_sizes_share_a_cohort(layout):
     train(layout, *together)
     for member, expected in zip(together, members(), strict=True):
         assert_as_alone(member, train_alone(expected), layout=layout)
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        {"concatenation": "batch_norm"},
+        {"concatenation": "batch_renorm", "upsampling": "nearest"},
+        {"concatenation": "batch_renorm_unlimited"},
+        {"concatenation": "batch_statistics", "normalization": "none"},
+        {"concatenation": "batch_renorm", "enhanced_before_gate": True},
+    ],
+    ids=str,
+)
+def test_members_of_every_reading_recalibrated_or_not_and_with_seeds_of_their_own_are_as_alone(layout, reading):
+    own = ({"B": 8}, {"X": 1000.0, "seed": 3}, {"recalibrate": True}, {"recalibrate": True, "seed": 3})
+
+    def members():
+        return [make_member(key, n_epochs=2, learning_rate=3e-3, **reading, **each) for key, each in enumerate(own)]
+
+    together = members()
+    train(layout, *together)
+    for member, expected in zip(together, members(), strict=True):
+        assert_as_alone(member, train_alone(expected), layout=layout)
+
+
+def test_members_whose_module_stands_elsewhere_are_not_stacked():
+    one, other = make_member(0), make_member(1, enhanced_before_gate=True)
+    assert stack_key(one) != stack_key(other)
+
+
+def test_recalibration_changes_the_score_and_not_the_training():
+    plain, recalibrated = (train_alone(make_member(X=300.0, recalibrate=each)) for each in (False, True))
+    assert plain.curve["train_loss"] == recalibrated.curve["train_loss"]
+    assert plain.curve["score"] != recalibrated.curve["score"]
+    assert_same_state(plain, recalibrated)
+    assert any(
+        not torch.equal(value, recalibrated.best_weights[name])
+        for name, value in plain.best_weights.items()
+        if "running" in name
+    )
 
 
 STUDIES = (

@@ -98,7 +98,7 @@ def train_side_by_side(members, *, n_epochs=1, precision="fp32"):
 
 
 def make_cohort(precision="fp32"):
-    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision, seed=0)
+    return Cohort(loss="softmax_cross_entropy", metric="mean_iou", precision=precision)
 
 
 def train_alone(members, *, n_epochs=1, precision="fp32"):
@@ -203,7 +203,7 @@ def test_an_epoch_that_fails_leaves_the_members_as_they_were():
             raise torch.OutOfMemoryError
         return LOSS.function(*args)
 
-    epoch = prepare_epoch(EpochPlan(make_data(), 0, 3, BATCH, None, Augmentation()), seed=0)
+    epoch = prepare_epoch(EpochPlan(make_data(), 0, 0, 3, BATCH, None, Augmentation()))
     with pytest.raises(torch.OutOfMemoryError):
         train_stacked(members, epoch, loss=LOSS._replace(function=fails), precision="fp32")
     for member, (network, optimizer) in zip(members, before, strict=True):
