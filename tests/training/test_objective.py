@@ -131,6 +131,8 @@ def train(trained, number=0, params=PARAMS, *, until=None):
         ({"augmentation": "no"}, "params.augmentation: expected true or false, but got 'no'."),
         ({"rotation": 1}, "params.rotation: expected true or false, but got 1."),
         ({"eightfold": 8}, "params.eightfold: expected true or false, but got 8."),
+        ({"elastic_share": 1.5}, "params.elastic_share: expected a share from 0 to 1, but got 1.5."),
+        ({"fixed_alpha": 1}, "params.fixed_alpha: expected true or false, but got 1."),
         ({"alpha": {"low": -1.0, "high": 5.0}}, "params.alpha: expected a finite number of at least 0, but got -1.0."),
         ({"sigma_elastic": 0.0}, "params.sigma_elastic: expected pixels from 0.1 to 1000, but got 0.0."),
         ({"elastic_from": 70}, "params.elastic_from: expected a score from 0 to 1, but got 70."),
@@ -320,7 +322,8 @@ def test_an_unknown_parameter_is_told_with_all_that_are_known(study_file):
 
 def test_a_study_with_everything_reaches_its_members(make_objective, with_params, study_file):
     given = {
-        "augmentation": False, "rotation": True, "alpha": 50.0, "sigma_elastic": 3.0, "elastic_from": 0.7,
+        "augmentation": False, "rotation": True, "alpha": 50.0, "fixed_alpha": True, "elastic_share": 0.5,
+        "sigma_elastic": 3.0, "elastic_from": 0.7,
         "mirror_quarters": 0.1, "crop_size": 8, "weight_decay": 1e-4, "schedule": [[1, 1.0], [21, 0.5]], "patience": 9,
         "steps_per_epoch": 6, "tiles": 2, "eightfold": True,
     }  # fmt: skip
@@ -330,6 +333,8 @@ def test_a_study_with_everything_reaches_its_members(make_objective, with_params
         turns=False,
         rotation=True,
         alpha=50.0,
+        fixed_alpha=True,
+        elastic_share=0.5,
         sigma_elastic=3.0,
         elastic_from=0.7,
         mirror_quarters=0.1,
