@@ -33,7 +33,7 @@ from frem_search.study.space import parse_space
 from frem_search.training import image_cache, results
 from frem_search.training import recipe as parameters
 from frem_search.training.objective import Objective
-from frem_search.training.recipe import check, first_image_size, split_params
+from frem_search.training.recipe import check, first_image_size, left_out, split_params
 
 CPU = torch.device("cpu")
 LEFT = ["learning_curve.csv", "predictions.npz", "predictions.png"]
@@ -472,6 +472,22 @@ def test_extra_scores_are_told_of_validation_and_test_images(make_objective, stu
             expected = METRICS[name].function(pred, images.labels, n_classes=3).value.item()
             assert result["extra"][name][part] == pytest.approx(expected)
     assert result["extra"]["cell_iou"]["val"] == pytest.approx(result["val"]["per_class"]["disc"])
+
+
+def test_an_extra_score_without_its_package_is_told_as_null(make_objective, study_file, monkeypatch):
+    def load():
+        message = "no package"
+        raise UsageError(message)
+
+    monkeypatch.setitem(METRICS, "seg", METRICS["seg"]._replace(load=load))
+    file = replace(study_file, extra_scores=("cell_iou", "seg"))
+    assert left_out(file) == "tiny: left out and stored as null: seg. no package"
+    assert left_out(replace(file, extra_scores=("cell_iou",))) is None
+    trained = make_objective(file)
+    train(trained)
+    extra = trained.finish(0).result["extra"]
+    assert extra["seg"] == {"val": None, "test": None}
+    assert all(0 <= value <= 1 for value in extra["cell_iou"].values())
 
 
 def test_an_extra_score_that_there_is_not_is_told_before_training(study_file):

@@ -1,8 +1,9 @@
 """Metrics by name: what a study maximizes on its validation images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+from frem_search.errors import UsageError
 from frem_search.segmentation.metrics.cells import check_classes
 from frem_search.segmentation.metrics.iou import cell_iou, mean_iou_score
 from frem_search.segmentation.metrics.lifted_multicut import load_library
@@ -11,7 +12,7 @@ from frem_search.segmentation.metrics.rand import v_info, v_rand
 from frem_search.segmentation.metrics.score import Score
 from frem_search.segmentation.metrics.seg import seg
 
-__all__ = ["METRICS", "Metric", "Score", "check_score"]
+__all__ = ["METRICS", "Metric", "Score", "check_score", "lacking"]
 
 
 class Metric(NamedTuple):
@@ -43,17 +44,33 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def check_score(name: str, *, n_classes: int) -> None:
+def check_score(name: str, *, n_classes: int, is_extra: bool = False) -> None:
     """Raise unless a metric can be computed of a dataset on this machine, before anything is trained.
 
     Args:
         name: A name of `METRICS`.
         n_classes: Of the dataset.
+        is_extra: Whether a study only tells the metric beside its score, and so does without it where it must.
 
     Raises:
-        UsageError: The metric needs another number of classes, or a package that is not installed.
+        UsageError: The metric needs another number of classes, or, unless it is an extra one, a package that is not
+            installed.
     """
     metric = METRICS[name]
     check_classes(name, n_classes, needed=metric.n_classes)
-    if metric.load is not None:
+    if metric.load is not None and not is_extra:
         metric.load()
+
+
+def lacking(names: Iterable[str]) -> dict[str, str]:
+    """Return those metrics of `METRICS` whose package is not installed on this machine, with what to do about it."""
+    reasons = {}
+    for name in names:
+        load = METRICS[name].load
+        if load is None:
+            continue
+        try:
+            load()
+        except UsageError as error:
+            reasons[name] = str(error)
+    return reasons

@@ -7,7 +7,7 @@ import torch
 from torch.func import vmap
 
 from frem_search.errors import UsageError
-from frem_search.segmentation.metrics import METRICS, check_score
+from frem_search.segmentation.metrics import METRICS, check_score, lacking
 from frem_search.segmentation.metrics.iou import cell_iou, class_iou, confusion_matrix, mean_iou, mean_iou_score
 
 
@@ -160,6 +160,16 @@ def test_a_missing_package_is_told_before_training(monkeypatch):
     with pytest.raises(UsageError, match=r'bioimage-cpp, but .* `pip install "frem-search\[multicut\]"'):
         check_score("v_rand_multicut", n_classes=2)
     check_score("v_rand", n_classes=2)
+
+
+def test_of_an_extra_score_a_missing_package_is_no_error_and_an_unfit_number_of_classes_is(monkeypatch):
+    assert lacking(METRICS) == {}
+    monkeypatch.setitem(sys.modules, "bioimage_cpp", None)
+    check_score("v_rand_multicut", n_classes=2, is_extra=True)
+    with pytest.raises(UsageError, match="expected labels of 2 classes"):
+        check_score("v_rand_multicut", n_classes=3, is_extra=True)
+    assert list(lacking(METRICS)) == ["v_rand_multicut", "v_info_multicut"]
+    assert "frem-search[multicut]" in lacking(["seg", "v_info_multicut"])["v_info_multicut"]
 
 
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.on_device])
