@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from frem_search.errors import UsageError
 from frem_search.segmentation.metrics.cells import check_classes
-from frem_search.segmentation.metrics.iou import cell_iou, mean_iou_score
+from frem_search.segmentation.metrics.iou import cell_iou, cell_iou_per_frame, mean_iou_score
 from frem_search.segmentation.metrics.lifted_multicut import load_library
 from frem_search.segmentation.metrics.multicut import v_info_multicut, v_rand_multicut
 from frem_search.segmentation.metrics.rand import v_info, v_rand
@@ -36,6 +36,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "mean_iou": Metric(mean_iou_score, takes="classes", on_device=True),
     "cell_iou": Metric(cell_iou, takes="classes", on_device=True),
+    "cell_iou_per_frame": Metric(cell_iou_per_frame, takes="classes", on_device=True),
     "seg": Metric(seg, takes="classes", on_device=False),
     "v_rand": Metric(v_rand, takes="probabilities", on_device=False, n_classes=2),
     "v_info": Metric(v_info, takes="probabilities", on_device=False, n_classes=2),
