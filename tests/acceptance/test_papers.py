@@ -1,6 +1,7 @@
 """The papers' studies: what their files say, and trainings on their images and on images that are not as usual."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import optuna
@@ -164,6 +165,21 @@ def test_h1299_has_the_learning_rates_of_its_table(epoch):
         training = split_params(file, next(corners(file.space))).training
         assert training.learning_rate * factor_at(training.schedule, epoch) == pytest.approx(expected)
         assert file.n_epochs == 400
+
+
+def test_h1299_waits_until_a_step_of_its_schedule_can_have_shown():
+    for file in (load_study_file(path.stem) for path in list_study_files() if path.stem.startswith("h1299_")):
+        training = split_params(file, next(corners(file.space))).training
+        steps = [1, *(epoch for epoch, _ in training.schedule)]
+        longest = max(later - step for step, later in pairwise(steps))
+        # Of a training that got better since one step, the next one and 20 epochs of it are trained.
+        assert training.patience >= longest + 20
+        assert training.patience < file.n_epochs - steps[-1]  # and within the last one it may end
+
+
+def test_h1299_tells_the_iou_of_cells_by_the_frame_too():
+    for file in (load_study_file(path.stem) for path in list_study_files() if path.stem.startswith("h1299_")):
+        assert (file.score, file.extra_scores) == ("cell_iou", ("cell_iou_per_frame", "seg"))
 
 
 @pytest.mark.parametrize("quick", [False, True])
