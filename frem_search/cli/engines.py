@@ -78,12 +78,15 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
     from frem_search.storage.artifacts import masked
 
     devices = devices_of(asked.device, asked.workers)
-    if len(devices) == 1 or _is_measured(asked, devices):
+    is_begun = len(devices) == 1 or _is_measured(asked, devices)
+    if is_begun:
         devices = devices_of(asked.device, _search_alone(asked, storage, devices, is_stopping=is_stopping))
     if len(devices) == 1:
         return
     where = masked(artifacts_of(asked.artifacts))
     _tell(f"{asked.study_file.name}: {len(devices)} workers on {', '.join(devices)}, artifacts {where}")
+    if not is_begun:  # else it was told where the study was begun
+        _tell_left_out(asked.study_file)
     team = local_workers(
         worker_arguments(
             **asked.which,
@@ -98,6 +101,14 @@ def run_here(asked: Asked, storage: "Storage", *, is_stopping: Callable[[], bool
         tell=_tell,
     )
     _show_team(team, asked)
+
+
+def _tell_left_out(study_file: "StudyFile") -> None:
+    """Say which extra scores the workers of this machine cannot compute."""
+    from frem_search.training.recipe import left_out
+
+    if study_file.extra_scores and (line := left_out(study_file)):
+        _tell(line)
 
 
 def _is_measured(asked: Asked, devices: Sequence[str]) -> bool:

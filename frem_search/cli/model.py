@@ -93,7 +93,7 @@ def train(
     from frem_search.search.stored_trial import find_trial, matching_dataset, stored_study_file, trial_params
     from frem_search.study.file import load_study_file
     from frem_search.study.space import resolve
-    from frem_search.training.recipe import load_images
+    from frem_search.training.recipe import left_out, load_images
     from frem_search.training.single import check_target, parse_settings, save_weights, settle
     from frem_search.training.single import train as train_model
 
@@ -109,6 +109,8 @@ def train(
         begun = replace(begun, n_epochs=n_epochs or begun.n_epochs)
         settled = settle(begun, trial_params(record, stored) | params)
         images = matching_dataset(record, settled)
+    if line := left_out(settled):
+        typer.echo(line, err=True)
     with epoch_progress(settled.name, n_epochs=settled.n_epochs_of_trial, score=settled.score) as on_epoch:
         trained = train_model(settled, images, device=device, on_epoch=on_epoch)
     written = save_weights(trained.weights, out)

@@ -17,7 +17,7 @@ from frem_search.study.samplers import distributions
 from frem_search.study.stored import OpenStudy, make_contract, open_study, parse_cohort
 from frem_search.system.device import best_precision, describe_device, find_device
 from frem_search.training.objective import Objective
-from frem_search.training.recipe import check, check_dataset, load_images
+from frem_search.training.recipe import check, check_dataset, left_out, load_images
 
 
 class Opened(NamedTuple):
@@ -58,7 +58,8 @@ def open_worker(
         workers: As `arrangement.settle` takes it.
         is_stopping: As `Worker` takes it.
         checkpoint_every_s: As `Worker` takes it.
-        tell: Told in a line where trials are trained and kept, and what takes its time before the first.
+        tell: Told in a line where trials are trained and kept, which extra scores are left out, and what takes its
+            time before the first.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check(study_file)
@@ -79,6 +80,8 @@ def open_worker(
     kept = Artifacts(artifacts, study.artifacts_prefix)
     where = kept.url("").rstrip("/")
     tell(f"{study_file.name}: dataset {dataset.name}, artifacts {where}, device {describe_device(chosen)}")
+    if line := left_out(study_file):
+        tell(line)
     precision = study.contract["precision"]
     trainee = Trainee(study_file, dataset, chosen, precision)
     arrangement = settle(study, trainee, cohort=cohort, workers=workers, tell=tell)

@@ -51,6 +51,8 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image_size": ("pixels, or [rows, columns]", lambda value: value is None or _is_size(value)),
     "rotation": ("true or false", _is_flag),
     "alpha": ("a finite number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "fixed_alpha": ("true or false", _is_flag),
+    "elastic_share": ("a share from 0 to 1", _is_share),
     "sigma_elastic": ("pixels from 0.1 to 1000", lambda value: _is_number(value) and 0.1 <= value <= 1000),
     "elastic_from": ("a score from 0 to 1", _is_share),
     "mirror_quarters": ("a share from 0 to 1", _is_share),
@@ -80,6 +82,8 @@ class TrainingParams:
     augmentation: bool = True
     rotation: bool = False
     alpha: float = 0.0
+    fixed_alpha: bool = False
+    elastic_share: float = 1.0
     sigma_elastic: float = 4.0
     elastic_from: float = 0.0
     mirror_quarters: float = 0.0

@@ -289,6 +289,8 @@ def _augmentation(training: TrainingParams) -> Augmentation:
         turns=training.augmentation,
         rotation=training.rotation,
         alpha=training.alpha,
+        fixed_alpha=training.fixed_alpha,
+        elastic_share=training.elastic_share,
         sigma_elastic=training.sigma_elastic,
         elastic_from=training.elastic_from,
         mirror_quarters=training.mirror_quarters,

@@ -9,7 +9,7 @@ import torch
 from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.errors import ParameterError, StudyFileError, UsageError
 from frem_search.segmentation.losses import LOSSES
-from frem_search.segmentation.metrics import METRICS, check_score
+from frem_search.segmentation.metrics import METRICS, check_score, lacking
 from frem_search.segmentation.networks import build_network, network_params
 from frem_search.study.file import StudyFile
 from frem_search.study.parameters import TRAINING_PARAMS, SplitParams, TrainingParams
@@ -145,8 +145,9 @@ def check_dataset(study_file: StudyFile, dataset: Dataset) -> None:
             f"{dataset.name} has {n_classes} ({', '.join(dataset.class_names)}). Choose another loss or dataset."
         )
         raise UsageError(message)
-    for score in (study_file.score, *study_file.extra_scores):
-        check_score(score, n_classes=n_classes)
+    check_score(study_file.score, n_classes=n_classes)
+    for score in study_file.extra_scores:
+        check_score(score, n_classes=n_classes, is_extra=True)
     for params in corners(study_file.space):
         training = split_params(study_file, params).training
         size = training.image_size or dataset.labels.shape[1:]
@@ -155,6 +156,18 @@ def check_dataset(study_file: StudyFile, dataset: Dataset) -> None:
         except ParameterError as error:
             message = f"{study_file.path}: params.{error}"
             raise StudyFileError(message) from None
+
+
+def left_out(study_file: StudyFile) -> str | None:
+    """Return a line on the extra scores that this machine has no package for; None if there are none.
+
+    A study runs without them, and its trials have null in their place.
+    """
+    reasons = lacking(study_file.extra_scores)
+    if not reasons:
+        return None
+    what_to_do = " ".join(dict.fromkeys(reasons.values()))
+    return f"{study_file.name}: left out and stored as null: {', '.join(reasons)}. {what_to_do}"
 
 
 def searches_shapes(study_file: StudyFile) -> bool:

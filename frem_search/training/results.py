@@ -11,7 +11,7 @@ import torch
 from frem_search.data.augmentation.orientations import N_ORIENTATIONS
 from frem_search.data.dataset import Dataset
 from frem_search.segmentation.inference import predict
-from frem_search.segmentation.metrics import METRICS, Score
+from frem_search.segmentation.metrics import METRICS, Score, lacking
 from frem_search.segmentation.networks import has_effect, in_phase
 from frem_search.segmentation.pictures import MOST_IMAGES, curve_csv, predictions_png
 from frem_search.segmentation.weights import Weights, dump_weights
@@ -120,10 +120,7 @@ class Results:
         if has_effect(member.network):
             result["phases"] = self._score_phases(member, parts)
         if self.study_file.extra_scores:
-            result["extra"] = {
-                name: {part: self._score(member, images, name)[1].value.item() for part, images in parts.items()}
-                for name in self.study_file.extra_scores
-            }
+            result["extra"] = self._extra_scores(member, parts)
         return result, pred
 
     def _score_phases(self, member: Member, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -136,6 +133,17 @@ class Results:
                 part: self._named(score.value.item(), score.per_class.tolist()) for part, score in scores.items()
             }
         return phases
+
+    def _extra_scores(self, member: Member, parts: Mapping[str, Part]) -> dict[str, dict[str, float | None]]:
+        """Return by name and part what a study also tells; None of what this machine has no package for."""
+        missing = lacking(self.study_file.extra_scores)
+        return {
+            name: {
+                part: None if name in missing else self._score(member, images, name)[1].value.item()
+                for part, images in parts.items()
+            }
+            for name in self.study_file.extra_scores
+        }
 
     def _score(self, member: Member, part: Part, name: str) -> tuple[torch.Tensor, Score]:
         """Return the prediction of some images, and a score of it."""

@@ -1,6 +1,7 @@
 """The papers' studies: what their files say, and trainings on their images and on images that are not as usual."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import optuna
@@ -14,6 +15,7 @@ from frem_search.data.folds import Split
 from frem_search.data.nnunet import write_folder
 from frem_search.segmentation.inference import predict
 from frem_search.segmentation.metrics import METRICS
+from frem_search.segmentation.networks import build_network
 from frem_search.storage.artifacts import Artifacts
 from frem_search.study.file import list_study_files, load_study_file
 from frem_search.study.samplers import distributions, make_sampler
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 # Study, archive, parameters, epochs, and what is asked above what needs no training: half of the least of three seeds.
 TRAININGS = {
     "drosophila": ("drosophila_feedback_lstm", "groundtruth-drosophila-vnc", {"image_size": 32, "depth": 3}, 4, 0.07),
-    "isbi2012": ("isbi_gating_mask", "ISBI-2012-challenge", {"image_size": 128, "crop_size": 64}, 16, 0.28),
+    "isbi2012": ("isbi_gating_mask", "ISBI-2012-challenge", {"image_size": 128, "crop_size": 64}, 16, 0.2),
     "h1299": ("h1299_curriculum", "h1299", {"image_size": (256, 320), "crop_size": 64}, 8, 0.23),
 }
 
@@ -121,7 +123,7 @@ SMALL = {"base_channels": 2, "batch_size": 3}
 STUDIES = {
     "drosophila_feedback_lstm": (3, {"depth": 2, "image_size": 32}),
     "drosophila_unet_narrow": (3, {"depth": 2, "image_size": 32}),
-    "isbi_gating_mask": (2, {"depth": 2, "image_size": 32, "crop_size": 24}),
+    "isbi_gating_mask": (2, {"depth": 3, "image_size": 32, "crop_size": 24}),
     "h1299_curriculum": (3, {"crop_size": 24, "elastic_from": 0.0}),
     "h1299_tiles": (3, {"crop_size": 16, "elastic_from": 0.0}),
 }
@@ -164,6 +166,42 @@ def test_h1299_has_the_learning_rates_of_its_table(epoch):
         training = split_params(file, next(corners(file.space))).training
         assert training.learning_rate * factor_at(training.schedule, epoch) == pytest.approx(expected)
         assert file.n_epochs == 400
+
+
+def test_isbi_studies_train_the_authors_network_and_one_that_of_the_text():
+    counts = {}
+    for path in list_study_files():
+        if not path.stem.startswith("isbi_"):
+            continue
+        file = load_study_file(path.stem)
+        split = split_params(file, next(corners(file.space)))
+        assert (split.training.alpha, split.training.elastic_share, split.training.fixed_alpha) == (300.0, 0.5, True)
+        assert (file.score, file.extra_scores) == ("v_rand", ("v_info", "v_rand_multicut", "v_info_multicut"))
+        network = build_network("clmser", in_channels=1, n_classes=2, seed=0, params=split.network, device="meta")
+        counts[path.stem] = sum(each.numel() for each in network.parameters())
+    assert counts == {
+        "isbi_clmser": 8_293_704,
+        "isbi_channel_gating": 8_306_178,
+        "isbi_pixel_gating": 8_306_205,
+        "isbi_full_pixel_gating": 8_306_223,
+        **dict.fromkeys(("isbi_gating_mask", "isbi_gating", "isbi_gamma"), 8_308_941),
+        "isbi_mirrored": 8_334_243,
+    }
+
+
+def test_h1299_waits_until_a_step_of_its_schedule_can_have_shown():
+    for file in (load_study_file(path.stem) for path in list_study_files() if path.stem.startswith("h1299_")):
+        training = split_params(file, next(corners(file.space))).training
+        steps = [1, *(epoch for epoch, _ in training.schedule)]
+        longest = max(later - step for step, later in pairwise(steps))
+        # Of a training that got better since one step, the next one and 20 epochs of it are trained.
+        assert training.patience >= longest + 20
+        assert training.patience < file.n_epochs - steps[-1]  # and within the last one it may end
+
+
+def test_h1299_tells_the_iou_of_cells_by_the_frame_too():
+    for file in (load_study_file(path.stem) for path in list_study_files() if path.stem.startswith("h1299_")):
+        assert (file.score, file.extra_scores) == ("cell_iou", ("cell_iou_per_frame", "seg"))
 
 
 @pytest.mark.parametrize("quick", [False, True])

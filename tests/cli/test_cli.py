@@ -12,11 +12,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import typer
+from places import REPOSITORY
 
 from frem_search import __version__
 from frem_search.cli import app, main
+from frem_search.data.cases import Case
+from frem_search.data.folds import Split
+from frem_search.data.nnunet import write_folder
 
 HEAVY = ("torch", "optuna", "plotly", "sqlalchemy", "psycopg2", "numpy", "scipy")
 PROGRAM = "import sys; sys.argv[0] = 'frem-search'; from frem_search.cli import main; main()"
@@ -442,6 +447,75 @@ def test_a_search_from_its_first_call_to_its_tables(call, tiny_study, storage_ur
     table = call("trials", "--study", tiny_study).stdout.splitlines()
     assert table[0].split() == ["trial", "state", "mean_iou", "test", "B", "X", "epoch", "seconds", "reason"]
     assert [line.split()[:2] for line in table[1:]] == [["0", "complete"], ["1", "complete"], ["2", "complete"]]
+
+
+SECTIONS = """
+dataset = "{dataset}"
+network = "clmser"
+loss = "smooth_l1"
+score = "v_rand"
+extra_scores = ["v_info", "v_rand_multicut", "v_info_multicut"]
+budget = {{ n_trials = 2, n_epochs = 1 }}
+params = {{ base_channels = 2, depth = 2, batch_size = 2 }}
+"""
+
+
+@pytest.fixture
+def sections(tmp_path):
+    """The path of a study of images of two classes, membrane and cell."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for i in range(6):
+        label = np.ones((24, 24), np.uint8)
+        label[4 + i * 2], label[:, 12] = 0, 0
+        cases.append(Case(f"case{i}", rng.poisson(60 + 60 * label).astype(np.uint8), label))
+    names = [case.name for case in cases]
+    folder = tmp_path / "sections"
+    folder.mkdir()
+    split = Split(tuple(names[:4]), tuple(names[4:5]), tuple(names[5:]))
+    write_folder(folder, cases, class_names=("membrane", "cell"), splits=[split])
+    path = tmp_path / "cut.toml"
+    path.write_text(SECTIONS.format(dataset=folder))
+    return path
+
+
+@pytest.fixture
+def plain_install(monkeypatch, tmp_path):
+    """A machine without the package that cuts cells apart, in this process and in those that it starts."""
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "bioimage_cpp.py").write_text("raise ModuleNotFoundError(name='bioimage_cpp')\n")
+    monkeypatch.setitem(sys.modules, "bioimage_cpp", None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(shadow), str(REPOSITORY)]))
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_study_runs_without_the_package_of_an_extra_score(call, sections, plain_install, storage_url, n_workers):
+    options = ("--study", sections, "--device", "cpu")
+    ran = call("run", *options, "--workers", str(n_workers), FREM_SEARCH_STORAGE=storage_url)
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stderr.splitlines() if "left out" in line]
+    assert len(told) == 1, ran.stderr
+    assert told[0].startswith("cut: left out and stored as null: v_rand_multicut, v_info_multicut. Multicut: expected ")
+    assert '`pip install "frem-search[multicut]"`' in told[0]
+    trials = json.loads(call("trials", "--study", sections, "--format", "json").stdout)
+    assert [trial["state"] for trial in trials] == ["complete"] * 2
+    for trial in trials:
+        extra = trial["user_attrs"]["result"]["extra"]
+        assert list(extra) == ["v_info", "v_rand_multicut", "v_info_multicut"]
+        assert extra["v_rand_multicut"] == extra["v_info_multicut"] == {"val": None, "test": None}
+        assert all(0 <= value <= 1 for value in extra["v_info"].values())
+    trained = call("train", *options, "--out", sections.with_name("weights.pt"), "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert "cut: left out and stored as null: v_rand_multicut, v_info_multicut. " in trained.stderr
+    assert json.loads(trained.stdout)["result"]["extra"]["v_rand_multicut"] == {"val": None, "test": None}
+
+
+def test_a_study_that_searches_for_a_score_needs_its_package(call, sections, plain_install, storage_url):
+    sections.write_text(sections.read_text().replace('score = "v_rand"\n', 'score = "v_rand_multicut"\n'))
+    ran = call("run", "--study", sections, "--device", "cpu", FREM_SEARCH_STORAGE=storage_url)
+    assert ran.returncode == 2
+    assert "expected the package bioimage-cpp, but it is not installed." in ran.stderr
 
 
 def test_other_settings_are_refused_and_nothing_is_changed(call, changed_study, tiny_study, storage_url, monkeypatch):

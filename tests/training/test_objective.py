@@ -34,7 +34,7 @@ from frem_search.study.space import parse_space
 from frem_search.training import image_cache, results
 from frem_search.training import recipe as parameters
 from frem_search.training.objective import Objective
-from frem_search.training.recipe import check, first_image_size, split_params
+from frem_search.training.recipe import check, first_image_size, left_out, split_params
 
 CPU = torch.device("cpu")
 LEFT = ["learning_curve.csv", "predictions.npz", "predictions.png"]
@@ -138,6 +138,8 @@ def train(trained, number=0, params=PARAMS, *, until=None):
         ({"augmentation": "no"}, "params.augmentation: expected true or false, but got 'no'."),
         ({"rotation": 1}, "params.rotation: expected true or false, but got 1."),
         ({"eightfold": 8}, "params.eightfold: expected true or false, but got 8."),
+        ({"elastic_share": 1.5}, "params.elastic_share: expected a share from 0 to 1, but got 1.5."),
+        ({"fixed_alpha": 1}, "params.fixed_alpha: expected true or false, but got 1."),
         ({"alpha": {"low": -1.0, "high": 5.0}}, "params.alpha: expected a finite number of at least 0, but got -1.0."),
         ({"sigma_elastic": 0.0}, "params.sigma_elastic: expected pixels from 0.1 to 1000, but got 0.0."),
         ({"elastic_from": 70}, "params.elastic_from: expected a score from 0 to 1, but got 70."),
@@ -327,7 +329,8 @@ def test_an_unknown_parameter_is_told_with_all_that_are_known(study_file):
 
 def test_a_study_with_everything_reaches_its_members(make_objective, with_params, study_file):
     given = {
-        "augmentation": False, "rotation": True, "alpha": 50.0, "sigma_elastic": 3.0, "elastic_from": 0.7,
+        "augmentation": False, "rotation": True, "alpha": 50.0, "fixed_alpha": True, "elastic_share": 0.5,
+        "sigma_elastic": 3.0, "elastic_from": 0.7,
         "mirror_quarters": 0.1, "crop_size": 8, "weight_decay": 1e-4, "schedule": [[1, 1.0], [21, 0.5]], "patience": 9,
         "steps_per_epoch": 6, "tiles": 2, "eightfold": True, "seed": 3, "recalibrate": True,
     }  # fmt: skip
@@ -337,6 +340,8 @@ def test_a_study_with_everything_reaches_its_members(make_objective, with_params
         turns=False,
         rotation=True,
         alpha=50.0,
+        fixed_alpha=True,
+        elastic_share=0.5,
         sigma_elastic=3.0,
         elastic_from=0.7,
         mirror_quarters=0.1,
@@ -504,6 +509,22 @@ def test_extra_scores_are_told_of_validation_and_test_images(make_objective, stu
             expected = METRICS[name].function(pred, images.labels, n_classes=3).value.item()
             assert result["extra"][name][part] == pytest.approx(expected)
     assert result["extra"]["cell_iou"]["val"] == pytest.approx(result["val"]["per_class"]["disc"])
+
+
+def test_an_extra_score_without_its_package_is_told_as_null(make_objective, study_file, monkeypatch):
+    def load():
+        message = "no package"
+        raise UsageError(message)
+
+    monkeypatch.setitem(METRICS, "seg", METRICS["seg"]._replace(load=load))
+    file = replace(study_file, extra_scores=("cell_iou", "seg"))
+    assert left_out(file) == "tiny: left out and stored as null: seg. no package"
+    assert left_out(replace(file, extra_scores=("cell_iou",))) is None
+    trained = make_objective(file)
+    train(trained)
+    extra = trained.finish(0).result["extra"]
+    assert extra["seg"] == {"val": None, "test": None}
+    assert all(0 <= value <= 1 for value in extra["cell_iou"].values())
 
 
 def test_an_extra_score_that_there_is_not_is_told_before_training(study_file):

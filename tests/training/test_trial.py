@@ -14,7 +14,7 @@ from frem_search.data.cases import Case
 from frem_search.data.dataset import load_dataset
 from frem_search.data.folds import Split, cyclic_folds
 from frem_search.data.nnunet import write_folder
-from frem_search.errors import DatasetError
+from frem_search.errors import DatasetError, UsageError
 from frem_search.segmentation.inference import predict
 from frem_search.segmentation.metrics import METRICS
 from frem_search.segmentation.weights import load_weights
@@ -163,6 +163,19 @@ def test_each_fold_leaves_weights_and_predictions(make_objective, study_file, tm
         assert (folder / "predictions.npz").exists()
     trained.discard(0, weights=True)
     assert not list((tmp_path / "artifacts/study/0").glob("*/weights.pt"))
+
+
+def test_an_extra_score_without_its_package_is_null_in_every_fold(make_objective, study_file, monkeypatch):
+    def load():
+        message = "no package"
+        raise UsageError(message)
+
+    monkeypatch.setitem(METRICS, "seg", METRICS["seg"]._replace(load=load))
+    file = replace(study_file, extra_scores=("seg",))
+    trained = make_objective(file)
+    train(trained, file)
+    result = trained.finish(0).result
+    assert [each["extra"] for each in (result, *result["folds"])] == [{"seg": {"val": None, "test": None}}] * 4
 
 
 @pytest.mark.parametrize("until", [1, 2])

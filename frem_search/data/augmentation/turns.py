@@ -17,6 +17,8 @@ class Augmentation:
         turns: Flips, and on square images transpositions: all eight symmetries.
         rotation: A rotation by any angle.
         alpha: Elastic deformation by up to this factor, drawn from 0 to it; 0 is none.
+        fixed_alpha: Deform by this factor itself instead.
+        elastic_share: The share of images that are deformed.
         sigma_elastic: How smooth that is, in pixels.
         elastic_from: The validation score from which on images are deformed elastically.
         mirror_quarters: The share of images of which one quarter, mirrored twice, takes the place of all four.
@@ -26,6 +28,8 @@ class Augmentation:
     turns: bool = True
     rotation: bool = False
     alpha: float = 0.0
+    fixed_alpha: bool = False
+    elastic_share: float = 1.0
     sigma_elastic: float = SIGMA_ELASTIC
     elastic_from: float = 0.0
     mirror_quarters: float = 0.0
@@ -34,19 +38,26 @@ class Augmentation:
     @property
     def has_warp(self) -> bool:
         """Whether images are sampled anew, and not only turned and flipped."""
-        return self.rotation or self.alpha > 0 or self.mirror_quarters > 0 or self.crop_size is not None
+        return self.rotation or self.is_elastic or self.mirror_quarters > 0 or self.crop_size is not None
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether images are deformed elastically."""
+        return self.alpha > 0 and self.elastic_share > 0
 
     def at(self, best_score: float) -> "Augmentation":
         """Return what is done once a network's best score has come so far.
 
         >>> Augmentation(alpha=50.0, elastic_from=0.7).at(0.69)
-        Augmentation(turns=True, rotation=False, alpha=0.0, sigma_elastic=4.0, elastic_from=0.0, mirror_quarters=0.0, \
-crop_size=None)
+        Augmentation(turns=True, rotation=False, alpha=0.0, fixed_alpha=False, elastic_share=1.0, sigma_elastic=4.0, \
+elastic_from=0.0, mirror_quarters=0.0, crop_size=None)
         """
-        if max(best_score, 0.0) >= self.elastic_from and self.alpha > 0:
+        if max(best_score, 0.0) >= self.elastic_from and self.is_elastic:
             return replace(self, elastic_from=0.0)
         # All that say the same are equal, so that members can share what is prepared.
-        return replace(self, alpha=0.0, sigma_elastic=SIGMA_ELASTIC, elastic_from=0.0)
+        return replace(
+            self, alpha=0.0, fixed_alpha=False, elastic_share=1.0, sigma_elastic=SIGMA_ELASTIC, elastic_from=0.0
+        )
 
 
 def turn_and_flip(x: Tensor, flags: Bool[Tensor, "b 3"]) -> Tensor:

@@ -21,9 +21,10 @@ class Warps:
     Source: the compressed U-Net's report, "Augmentation", with its Fig. 3 for quarters; "Regularize Network Skip
         Connections by Gating Mechanisms for Electron Microscopy Image Segmentation", section 4.2.
     Differs: the papers give neither how often nor how far; every image is rotated by an angle of its own and cropped at
-        a place of its own. The displacement is drawn for the pixels of the result and not of the image, which after a
-        rotation by any angle is nearly the same in distribution, as the Gaussian is round. Distances to cells are
-        moved with the image and not measured anew.
+        a place of its own. Of the second paper, the share of images that are deformed and the factor of all of them
+        are its authors' program's. The displacement is drawn for the pixels of the result and not of the image, which
+        after a rotation by any angle is nearly the same in distribution, as the Gaussian is round. Distances to cells
+        are moved with the image and not measured anew.
 
     Args:
         augmentation: What is drawn.
@@ -35,10 +36,12 @@ class Warps:
 
     def __init__(self, augmentation: Augmentation, *, seed: int, fold: int, epoch: int, device: torch.device) -> None:
         self.augmentation = augmentation
-        # Two generators, so that rotations stay as they are when elastic deformation begins.
-        self._places, self._noise = torch.Generator(device), torch.Generator(device)
+        # A generator each, so that rotations stay as they are when elastic deformation begins, and displacements as
+        # they are when some images are spared.
+        self._places, self._noise, self._spared = (torch.Generator(device) for _ in range(3))
         self._places.manual_seed(derive(seed, "warps", fold, epoch))
         self._noise.manual_seed(derive(seed, "elastic", fold, epoch))
+        self._spared.manual_seed(derive(seed, "elastic_share", fold, epoch))
 
     def positions(self, flags: Bool[Tensor, "n 3"], size: tuple[int, int]) -> Float[Tensor, "n h w 2"]:
         """Return for every pixel of the result the row and column to sample, in pixels.
@@ -59,8 +62,8 @@ class Warps:
             each + (torch.floor(share * (have - take + 1)) + (take - 1) / 2)[:, None, None]
             for each, share, have, take in zip((row, column), (top, left), size, out, strict=True)
         )
-        if wanted.alpha > 0:
-            moved = displacements(n, out, alpha=wanted.alpha, sigma=wanted.sigma_elastic, rng=self._noise)
+        if wanted.is_elastic:
+            moved = self._displacements(n, out)
             row, column = row + moved[:, 0], column + moved[:, 1]
         is_mirrored = mirrored < wanted.mirror_quarters
         row, column = (
@@ -68,6 +71,20 @@ class Warps:
             for each, half, side in zip((row, column), (lower, right), size, strict=True)
         )
         return torch.stack([row, column], dim=-1)
+
+    def _displacements(self, n: int, size: tuple[int, int]) -> Float[Tensor, "n 2 h w"]:
+        """Return by how many pixels rows and columns are moved; of images that are spared, by none."""
+        wanted = self.augmentation
+        moved = displacements(
+            n,
+            size,
+            alpha=wanted.alpha,
+            sigma=wanted.sigma_elastic,
+            rng=self._noise,
+            is_fixed=wanted.fixed_alpha,
+        )
+        is_moved = torch.rand(n, generator=self._spared, device=moved.device) < wanted.elastic_share
+        return moved * is_moved[:, None, None, None]
 
 
 def sample(

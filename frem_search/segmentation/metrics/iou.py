@@ -1,4 +1,4 @@
-"""Intersection over union, from one confusion matrix over all pixels of all images."""
+"""Intersection over union: from one confusion matrix over all pixels of all images, and of cells by the frame."""
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -75,3 +75,35 @@ def cell_iou(pred: Integer[Tensor, "n h w"], target: Integer[Tensor, "n h w"], *
     check_classes("cell_iou", n_classes, needed=None)
     per_class = class_iou(confusion_matrix(pred, target, n_classes=n_classes))
     return Score(per_class[CELL].nan_to_num(nan=0.0), per_class)
+
+
+def cell_iou_per_frame(pred: Integer[Tensor, "n h w"], target: Integer[Tensor, "n h w"], *, n_classes: int) -> Score:
+    """Return the mean over images of the IoU of class 1, NaN for the other classes.
+
+    A frame with few cells counts as much as one with many; in `cell_iou` each counts by its pixels.
+
+    Source: "Segmentation of biological cells with a compressed U-Net", section "Training", as its authors' program
+    averages it (github.com/dorlivne/Segmentation): an image whose labels have no cell is left out.
+    Differs: where no image has one, the score is 0 and not NaN, which a search cannot rank.
+
+    Args:
+        pred: Classes.
+        target: Classes.
+        n_classes: At least 2.
+
+    Raises:
+        UsageError: There is no class 1.
+
+    >>> target = torch.tensor([[[1, 1, 1, 1]], [[0, 0, 0, 1]], [[0, 0, 0, 0]]])
+    >>> pred = torch.tensor([[[1, 1, 1, 1]], [[0, 0, 1, 1]], [[1, 0, 0, 0]]])
+    >>> cell_iou_per_frame(pred, target, n_classes=2).value.item()  # (4/4 + 1/2) / 2; of all pixels 5/7
+    0.75
+    """
+    check_classes("cell_iou_per_frame", n_classes, needed=None)
+    of_result, of_labels = ((each == CELL).flatten(1) for each in (pred, target))
+    union = (of_result | of_labels).sum(dim=1)
+    per_frame = (of_result & of_labels).sum(dim=1).double() / union.clamp(min=1)
+    # Of a frame without a cell the intersection is empty, so that its 0 adds nothing.
+    value = per_frame.sum() / of_labels.any(dim=1).sum().clamp(min=1)
+    is_cell = torch.arange(n_classes, device=value.device) == CELL
+    return Score(value, torch.where(is_cell, value, torch.nan))

@@ -22,14 +22,17 @@ Memory = dict[nn.Module, Any]  # what each layer remembers of the round before; 
 class FeedbackUNet(nn.Module):
     """U-Net that is run twice with the same weights, its answer of the first round being an input of the second.
 
-    A round's input is the image and a probability map for each class, zero in the first round. Gradients of the second
+    A round's input has the image's channels and a probability map for each class. In the first round the maps are zero;
+    in the second they are the first one's answer, beside the image or, if asked for, alone. Gradients of the second
     round flow through the probabilities and through what was remembered. Logits are those of the second round; in
     training the auxiliary logits are those of the first.
 
     Source: Shibuya and Hotta, "Feedback U-Net for Cell Image Segmentation", CVPR Workshops 2020, sections 3.1, 4.2 and
         4.5.
-    Differs: section 3.1 calls the input of the second round the result of the first; here it is the image and that
-        result, since the same convolutions take the image in the first round, with zeros in the result's place. The
+    Differs: section 3.1 feeds the result of the first round "back to input layer" and calls it the input of the second.
+        Here that is the image and the result, since the same convolutions take the image in the first round, with zeros
+        in the result's place. ``image_in_second_round=False`` reads the sentence by its letter: the result alone, with
+        zeros in the image's place, so that what else the second round knows of the image is what was remembered. The
         text does not say which convolutions stand at Fig. 4's locations. Sections 3.1 and 4.4 call a, b, d and
         e those of the highest resolution and a the first one, so a and b are the encoder's two convolutions there, d
         and e the decoder's. Table 3 sets "a, b, d, e" against c and the full model, which has six; so c is both
@@ -44,12 +47,14 @@ class FeedbackUNet(nn.Module):
         base_channels: Feature maps of the first level; every level below has twice as many.
         depth: How often height and width are halved.
         memory: What remembers the first round; with "none" only the probabilities do.
+        image_in_second_round: Whether the second round is shown the image again, beside the probabilities.
         lstm_at: Which convolutions `memory` replaces, by the letters of Fig. 4; "full" are all five.
 
     >>> FeedbackUNet(1, 3).eval()(torch.zeros(2, 1, 50, 70)).logits.shape
     torch.Size([2, 3, 50, 70])
     """
 
+    image_share: Tensor
     N_CLASSES: ClassVar[int | None] = None  # any number
 
     def __init__(
@@ -60,6 +65,7 @@ class FeedbackUNet(nn.Module):
         base_channels: int = 8,
         depth: int = 4,
         memory: Literal["conv_lstm", "recurrent_conv", "none"] = "conv_lstm",
+        image_in_second_round: bool = True,
         lstm_at: Literal["a", "b", "c", "d", "e", "abde", "full"] = "full",
     ) -> None:
         super().__init__()
@@ -73,6 +79,8 @@ class FeedbackUNet(nn.Module):
         self.in_channels = in_channels
         self.n_classes = n_classes
         self.depth = depth
+        # A tensor, so that members of a stack may differ in it; the constructor's arguments bring it back, not a file.
+        self.register_buffer("image_share", torch.tensor(float(image_in_second_round)), persistent=False)
         self.encoder = nn.ModuleList(
             block(narrow, wide, letters=letters)
             for (narrow, wide), letters in zip(
@@ -94,7 +102,8 @@ class FeedbackUNet(nn.Module):
         memory: Memory = {}
         nothing = x.new_zeros(x.shape[0], self.n_classes, *x.shape[2:])
         first = self._run(torch.cat([x, nothing], dim=1), memory, round_=0)
-        second = self._run(torch.cat([x, first.softmax(dim=1)], dim=1), memory, round_=1)
+        shown = (x * self.image_share).to(x.dtype)
+        second = self._run(torch.cat([shown, first.softmax(dim=1)], dim=1), memory, round_=1)
         auxiliary = first[:, :, :height, :width] if self.training else None
         return Output(second[:, :, :height, :width], auxiliary)
 

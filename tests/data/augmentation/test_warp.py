@@ -11,6 +11,7 @@ from scipy import ndimage
 from frem_search.data.augmentation.elastic import displacements, gaussian_matrix
 from frem_search.data.augmentation.turns import Augmentation, turn_and_flip
 from frem_search.data.augmentation.warp import Warps, sample
+from frem_search.seeds import derive
 
 ALL_FLAGS = torch.tensor(list(itertools.product([False, True], repeat=3)))
 NO_FLAGS = torch.zeros((8, 3), dtype=torch.bool)
@@ -51,6 +52,44 @@ def test_displacements_are_filtered_noise_times_a_factor_of_each_image(size):
             np.testing.assert_allclose(field[axis], expected, atol=1e-5)
     assert len({factor.item() for factor in factors}) == n
     assert 0 < min(factors) < max(factors) < alpha
+
+
+def test_a_fixed_factor_is_that_of_every_image_and_changes_no_noise():
+    drawn, fixed = (
+        displacements(6, (9, 12), alpha=50.0, sigma=2.0, rng=torch.Generator().manual_seed(3), is_fixed=is_fixed)
+        for is_fixed in (False, True)
+    )
+    share = torch.rand((6, 1, 1, 1), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, fixed * share)
+
+
+def test_displacements_are_drawn_from_the_seed_of_elastic_deformation():
+    rng = torch.Generator().manual_seed(derive(0, "elastic", 0, 1))
+    expected = displacements(8, (17, 22), alpha=30.0, sigma=2.0, rng=rng)
+    moved = positions_of((17, 22), alpha=30.0, sigma_elastic=2.0) - positions_of((17, 22), mirror_quarters=1e-9)
+    torch.testing.assert_close(moved.movedim(-1, 1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_images_is_deformed_and_the_others_are_not(share):
+    flags = torch.zeros((400, 3), dtype=torch.bool)
+    wanted = {"rotation": True, "sigma_elastic": 2.0, "alpha": 30.0}
+    plain = warps_of(**wanted | {"alpha": 0.0}).positions(flags, (8, 9))
+    whole = warps_of(**wanted).positions(flags, (8, 9))
+    at = warps_of(**wanted, elastic_share=share).positions(flags, (8, 9))
+    is_moved = [not torch.equal(one, other) for one, other in zip(at, plain, strict=True)]
+    assert abs(sum(is_moved) - 400 * share) <= 2.5 * math.sqrt(400 * share * (1 - share))
+    for i, each in enumerate(is_moved):
+        assert torch.equal(at[i], whole[i] if each else plain[i])
+
+
+def test_other_images_are_spared_in_another_epoch():
+    flags = torch.zeros((400, 3), dtype=torch.bool)
+    wanted = {"sigma_elastic": 2.0, "alpha": 30.0, "elastic_share": 0.5}
+    grid = positions_of((8, 9), mirror_quarters=1e-9)[0]
+    spared = [(warps_of(epoch=e, **wanted).positions(flags, (8, 9)) == grid).all(dim=(1, 2, 3)) for e in (1, 1, 2)]
+    assert torch.equal(spared[0], spared[1])
+    assert 150 <= (spared[0] == spared[2]).sum() <= 250
 
 
 def test_an_elastic_warp_moves_every_pixel_by_its_displacement():
@@ -216,7 +255,11 @@ def test_elastic_deformation_begins_with_the_score_it_waits_for(augmentation, be
 
 
 def test_augmentations_that_do_the_same_are_equal():
-    waiting = [Augmentation(alpha=alpha, sigma_elastic=sigma, elastic_from=0.5) for alpha, sigma in ((1, 2), (3, 4))]
+    waiting = [
+        Augmentation(alpha=1, sigma_elastic=2, elastic_from=0.5),
+        Augmentation(alpha=3, fixed_alpha=True, elastic_share=0.5, elastic_from=0.5),
+    ]
+    assert Augmentation(alpha=3, elastic_share=0.0, sigma_elastic=2).at(0.6) == Augmentation()
     assert waiting[0].at(0.1) == waiting[1].at(0.2) == Augmentation()
     assert waiting[0].at(0.6) != waiting[1].at(0.6)
     assert waiting[0].at(0.6) == Augmentation(alpha=1, sigma_elastic=2)
@@ -225,6 +268,7 @@ def test_augmentations_that_do_the_same_are_equal():
 @pytest.mark.parametrize(
     ("wanted", "has_warp"),
     [({}, False), ({"turns": False}, False), ({"elastic_from": 0.3}, False), ({"sigma_elastic": 2.0}, False)]
+    + [({"fixed_alpha": True, "elastic_share": 0.5}, False), ({"alpha": 10.0, "elastic_share": 0.0}, False)]
     + [({name: value}, True) for name, value in EVERYTHING.items()],
 )
 def test_images_are_sampled_anew_only_where_something_asks_for_it(wanted, has_warp):

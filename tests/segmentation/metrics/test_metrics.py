@@ -7,8 +7,15 @@ import torch
 from torch.func import vmap
 
 from frem_search.errors import UsageError
-from frem_search.segmentation.metrics import METRICS, check_score
-from frem_search.segmentation.metrics.iou import cell_iou, class_iou, confusion_matrix, mean_iou, mean_iou_score
+from frem_search.segmentation.metrics import METRICS, check_score, lacking
+from frem_search.segmentation.metrics.iou import (
+    cell_iou,
+    cell_iou_per_frame,
+    class_iou,
+    confusion_matrix,
+    mean_iou,
+    mean_iou_score,
+)
 
 
 def labels(seed=0, *, k=4):
@@ -162,6 +169,16 @@ def test_a_missing_package_is_told_before_training(monkeypatch):
     check_score("v_rand", n_classes=2)
 
 
+def test_of_an_extra_score_a_missing_package_is_no_error_and_an_unfit_number_of_classes_is(monkeypatch):
+    assert lacking(METRICS) == {}
+    monkeypatch.setitem(sys.modules, "bioimage_cpp", None)
+    check_score("v_rand_multicut", n_classes=2, is_extra=True)
+    with pytest.raises(UsageError, match="expected labels of 2 classes"):
+        check_score("v_rand_multicut", n_classes=3, is_extra=True)
+    assert list(lacking(METRICS)) == ["v_rand_multicut", "v_info_multicut"]
+    assert "frem-search[multicut]" in lacking(["seg", "v_info_multicut"])["v_info_multicut"]
+
+
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.on_device])
 def test_a_metric_on_the_device_reads_nothing_back(name):
     metric = METRICS[name]
@@ -177,8 +194,37 @@ def test_cell_iou_is_that_of_class_one_of_all_images_together():
     assert torch.equal(score.per_class, mean_iou_score(pred, target, n_classes=4).per_class)
 
 
+def frames():
+    """Three frames that differ in how many cells they have, one of them in none."""
+    pred, target = labels()
+    return torch.cat([pred, pred[:1]]), torch.cat([target.where(torch.arange(9)[:, None] > 6, 0)[:1], target])
+
+
+def test_cell_iou_per_frame_is_the_mean_over_frames_that_have_a_cell():
+    pred, target = frames()
+    target[2] = 0
+    score = cell_iou_per_frame(pred, target, n_classes=4)
+    expected = [
+        sklearn.metrics.jaccard_score(t.ravel() == 1, p.ravel() == 1)
+        for p, t in zip(pred.numpy(), target.numpy(), strict=True)
+        if (t == 1).any()
+    ]
+    assert len(expected) == 3
+    assert score.value.item() == pytest.approx(np.mean(expected), rel=1e-12)
+    assert score.per_class.isnan().tolist() == [True, False, True, True]
+    assert score.per_class[1] == score.value
+    assert abs(score.value - cell_iou(pred, target, n_classes=4).value) > 0.01
+
+
+def test_batches_of_equal_size_average_to_the_whole():
+    pred, target = frames()  # as the report's validation steps of four frames do
+    halves = [cell_iou_per_frame(pred[i::2], target[i::2], n_classes=4).value for i in range(2)]
+    assert sum(halves).item() / 2 == pytest.approx(cell_iou_per_frame(pred, target, n_classes=4).value.item())
+
+
 def test_members_are_scored_as_each_alone():
     preds, targets = (torch.stack(each) for each in zip(labels(0), labels(1), strict=True))
-    stacked = vmap(lambda p, t: mean_iou_score(p, t, n_classes=4).value)(preds, targets)
-    alone = [mean_iou_score(p, t, n_classes=4).value for p, t in zip(preds, targets, strict=True)]
-    assert stacked.tolist() == alone
+    for metric in (mean_iou_score, cell_iou, cell_iou_per_frame):
+        stacked = vmap(lambda p, t, metric=metric: metric(p, t, n_classes=4).value)(preds, targets)
+        alone = [metric(p, t, n_classes=4).value for p, t in zip(preds, targets, strict=True)]
+        assert stacked.tolist() == alone

@@ -18,6 +18,7 @@ from frem_search.training.side_by_side.stacked_kernels import SideBySide
 
 SMALL = {"base_channels": 4, "depth": 3}
 NO_GATES = {"channel_gating": False, "pixel_gating": "none", "gating_mask": False}
+AUTHORS = {"structure": "bridged", "base_channels": 12, "depth": 5}
 # The rows of the paper's Table 1.
 ROWS = {
     "CLmser-w": NO_GATES,
@@ -71,6 +72,26 @@ def test_full_network_has_the_8_3_million_parameters_of_table_3():
     assert n_parameters() == 8_334_243
 
 
+def test_authors_structure_has_the_parameters_that_their_program_uses():
+    # Their program, asked for its parameters, prints 8,346,246. It counts gates of a fourth level (384 maps, a hidden
+    # layer of 48) whose skip connection it leaves out.
+    never_used = 2 * 384 * 48 + 48 + 384 + 9
+    assert n_parameters(**AUTHORS) == 8_308_941 == 8_346_246 - never_used
+
+
+def test_each_row_of_table_1_adds_the_same_to_the_authors_structure():
+    by_channel = sum(2 * w * (w // 8) + w // 8 + w for w in (48, 96, 192))
+    added = {
+        "CLmser-w": 0,
+        "CG": by_channel,
+        "CG + PG": by_channel + 9 * 3,
+        "CG + FullPG": by_channel + 9 * 5,
+        "CG + PG + GM": by_channel + 9 * 3 + 9 * (24 + 24) + 4 * 24 * 24,  # an up-convolution of its own
+    }
+    plain = n_parameters(**AUTHORS, **NO_GATES)
+    assert {name: n_parameters(**AUTHORS, **params) - plain for name, params in ROWS.items()} == added
+
+
 def test_each_row_of_table_1_adds_the_parameters_of_its_gates_and_nothing_else():
     widths = [16, 32, 64, 128, 256]
     by_channel = sum(2 * w * (w // 8) + w // 8 + w for w in widths[2:])
@@ -98,9 +119,11 @@ def test_each_row_of_table_1_adds_the_parameters_of_its_gates_and_nothing_else()
         ("CG + FullPG + GM", 3, 5, 1),
     ],
 )
-def test_each_row_has_its_gates_and_no_others(name, channel_gates, pixel_gates, masks):
+@pytest.mark.parametrize("of_structure", [{}, AUTHORS], ids=["mirrored", "bridged"])
+def test_each_row_has_its_gates_and_no_others(name, channel_gates, pixel_gates, masks, of_structure):
     with torch.device("meta"):
-        kinds = Counter(type(each) for each in NETWORKS["clmser"](1, 2, **(ROWS | OTHERS)[name]).modules())
+        network = NETWORKS["clmser"](1, 2, **of_structure, **(ROWS | OTHERS)[name])
+    kinds = Counter(type(each) for each in network.modules())
     assert (kinds[SqueezeExcite], kinds[PixelGate], kinds[ConfidenceMask]) == (channel_gates, pixel_gates, masks)
 
 
@@ -155,6 +178,41 @@ def masked(state, index, skip, x):
     return skip * (1 - answer**2) ** state["mask.gamma"]
 
 
+def by_hand_bridged(state, x, *, depth=3):
+    """The authors' program in test, written out; images of a size that needs no padding."""
+
+    def leaky_lifted(name, x):
+        weight = state[f"{name}.0.expand.weight"]
+        kernel = weight.unflatten(0, (2, 2, -1)).permute(3, 2, 0, 1)
+        return nn.functional.leaky_relu(nn.functional.conv_transpose2d(x, kernel, stride=2), 0.01)
+
+    def doubt(name, x):
+        if "mask.gamma" not in state:
+            return 1.0
+        return (1 - torch.tanh(nn.functional.conv2d(x, state[name], padding=1)) ** 2) ** state["mask.gamma"]
+
+    first = convolved(state, "stem", x)
+    second = convolved(state, "encoder.0", first)
+    x, levels = second, []
+    for level in range(1, depth):
+        x = convolved(state, f"encoder.{level}.0", nn.functional.max_pool2d(x, 2))
+        x = residual(state, f"encoder.{level}.1", x)
+        levels.append(x)
+    x = nn.functional.max_pool2d(x, 2)
+    x = nn.functional.conv2d(x, state[f"encoder.{depth}.0.weight"], padding=1).relu()
+    x = leaky_lifted("ups.0", x)  # the bridge: nothing of the level beside it is added
+    for step in range(1, depth - 1):
+        x = residual(state, f"blocks.{step - 1}.1", convolved(state, f"blocks.{step - 1}.0", x))
+        level = depth - 1 - step
+        x = leaky_lifted(f"ups.{step}", x) + gated(state, f"gates.{level + 1}", levels[level - 1])
+    x = residual(state, f"blocks.{depth - 2}.1", convolved(state, f"blocks.{depth - 2}.0", x))
+    read = leaky_lifted("temporary.0.0", x) if "mask.gamma" in state else None
+    x = leaky_lifted("low_level.0", x) + doubt("temporary.0.1.weight", read) * gated(state, "gates.1", second)
+    detail = doubt("temporary.1.weight", x) * gated(state, "gates.0", first)
+    x = convolved(state, "low_level.1", x) + detail
+    return nn.functional.conv2d(x, state["head.weight"], padding=1)
+
+
 def by_hand(state, x, *, depth=3):
     """The network of sections 3.1 to 3.3 in test, written out; images of a size that needs no padding."""
     skips = [convolved(state, "stem", x)]
@@ -182,17 +240,37 @@ def test_every_row_equals_the_paper_written_out(name):
     torch.testing.assert_close(network(x).logits, torch.cat([-z, z], dim=1))
 
 
-def test_each_gate_changes_the_answer():
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("name", ROWS | OTHERS)
+def test_every_row_equals_the_authors_program_written_out(name, depth):
+    params = {"structure": "bridged", "depth": depth}
+    network = trained(build(**params, **(ROWS | OTHERS)[name]).double()).eval()
+    x = images(2, 1, 16, 32, seed=9, dtype=torch.float64)
+    z = by_hand_bridged(network.state_dict(), x, depth=depth)
+    assert z.std() > 1e-2
+    torch.testing.assert_close(network(x).logits, torch.cat([-z, z], dim=1))
+
+
+def test_a_bridge_can_be_trained_on_one_image_of_a_single_window():
+    x = images(1, 1, 8, 8)
+    with pytest.raises(ParameterError, match="batch_size: expected at least 2"):
+        build()(x)
+    assert build(structure="bridged")(x).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("structure", ["mirrored", "bridged"])
+def test_each_gate_changes_the_answer(structure):
     x = images(2, 1, 16, 24)
-    answers = [build(**params).eval()(x).logits for params in (ROWS | OTHERS).values()]
-    answers += [build(gamma=1.0).eval()(x).logits]
+    answers = [build(structure=structure, **params).eval()(x).logits for params in (ROWS | OTHERS).values()]
+    answers += [build(structure=structure, gamma=1.0).eval()(x).logits]
     assert all(not torch.allclose(a, b, atol=1e-6) for i, a in enumerate(answers) for b in answers[:i])
 
 
-def test_gates_leave_the_weights_of_the_rest_as_they_are():
-    plain = build(**NO_GATES).state_dict()
+@pytest.mark.parametrize("structure", ["mirrored", "bridged"])
+def test_gates_leave_the_weights_of_the_rest_as_they_are(structure):
+    plain = build(structure=structure, **NO_GATES).state_dict()
     for params in (ROWS | OTHERS).values():
-        state = build(**params).state_dict()
+        state = build(structure=structure, **params).state_dict()
         assert all(torch.equal(state[name], value) for name, value in plain.items())
 
 
@@ -286,6 +364,7 @@ def test_members_that_differ_in_gamma_side_by_side_equal_each_alone(kernels):
         ({"gamma": 0.5}, "gamma: expected a finite exponent of at least 1, but got 0.5"),
         ({"gamma": 0.5, "gating_mask": False}, "gamma: expected a finite exponent of at least 1, but got 0.5"),
         ({"depth": 1}, "depth: expected at least 2, but got 1"),
+        ({"structure": "authors"}, "structure: expected 'mirrored' or 'bridged', but got 'authors'"),
         ({"base_channels": 0}, "base_channels: expected at least 1, but got 0"),
         ({"pixel_gating": "low_level"}, "pixel_gating: expected 'none' or 'high_level' or 'all', but got 'low_level'"),
     ],

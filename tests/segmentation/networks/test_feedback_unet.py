@@ -134,6 +134,33 @@ def test_rounds_are_the_image_with_zeros_and_the_image_with_the_first_rounds_pro
     np.testing.assert_allclose(second[:, 1:].detach().numpy(), probs, rtol=0, atol=1e-6)
 
 
+def test_probabilities_alone_take_the_image_from_the_second_round_and_nothing_else():
+    network, usual = build(image_in_second_round=False), build()
+    seen = inputs_of(network.encoder[0][0])
+    x = images(2, 1, 8, 12).float()
+    output, of_usual = network(x), usual(x)
+    first, second = (inputs[0] for inputs in seen)
+    assert torch.equal(first, torch.cat([x, torch.zeros(2, 3, 8, 12)], dim=1))
+    assert torch.equal(second[:, :1], torch.zeros_like(x))
+    probs = softmax(output.auxiliary.detach().double().numpy(), axis=1)
+    np.testing.assert_allclose(second[:, 1:].detach().numpy(), probs, rtol=0, atol=1e-6)
+    assert torch.equal(output.auxiliary, of_usual.auxiliary)
+    assert (output.logits - of_usual.logits).abs().max() > 1e-2
+
+
+def test_probabilities_alone_are_all_that_a_network_without_memory_gets():
+    network = build(memory="none", image_in_second_round=False).eval()
+    x = images(2, 1, 8, 12).float()
+    # With a head that answers the same everywhere, the first round tells nothing of the image.
+    nn.init.zeros_(network.head.weight)
+    seen = inputs_of(network.head)
+    for each in (x, x.flip(0) + 1):
+        network(each)
+    (one_first,), (one_second,), (other_first,), (other_second,) = seen
+    assert not torch.equal(one_first, other_first)
+    assert torch.equal(one_second, other_second)
+
+
 @pytest.mark.parametrize("memory", ["conv_lstm", "recurrent_conv", "none"])
 def test_auxiliary_logits_are_the_first_rounds_and_logits_the_seconds(memory):
     network = build(memory=memory)
@@ -269,6 +296,7 @@ def test_default_sizes_are_the_papers():
         "base_channels": 8,
         "depth": 4,
         "memory": "conv_lstm",
+        "image_in_second_round": True,
         "lstm_at": "full",
     }
     network = build_network("feedback_unet", in_channels=1, n_classes=4, seed=0, params={}, device="meta")

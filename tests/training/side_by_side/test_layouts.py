@@ -278,11 +278,12 @@ def test_recalibration_changes_the_score_and_not_the_training():
     )
 
 
+ELASTIC = ("alpha", "fixed_alpha", "elastic_share", "elastic_from", "sigma_elastic")
 STUDIES = (
-    {"alpha": 4.0, "elastic_from": 0.0, "weight_decay": 1e-3},
+    {"alpha": 4.0, "elastic_from": 0.0, "elastic_share": 0.5, "weight_decay": 1e-3},
     {"alpha": 8.0, "elastic_from": 0.3, "sigma_border": 3.0},
     {"alpha": 8.0, "elastic_from": 2.0, "sigma_elastic": 3.0, "learning_rate": 3e-3},  # never reached
-    {"alpha": 2.0, "elastic_from": 0.3, "weight_decay": 1e-2, "omega_0": 1.0},
+    {"alpha": 2.0, "fixed_alpha": True, "elastic_from": 0.3, "weight_decay": 1e-2, "omega_0": 1.0},
 )
 
 
@@ -291,7 +292,7 @@ def make_studied(n_epochs=N_EPOCHS, *, which=range(4), data=None):
     members = []
     for key in which:
         given = dict(STUDIES[key])
-        elastic = {name: given.pop(name) for name in ("alpha", "elastic_from", "sigma_elastic") if name in given}
+        elastic = {name: given.pop(name) for name in ELASTIC if name in given}
         coefficients = {name: given.pop(name, usual) for name, usual in (("omega_0", 10.0), ("sigma_border", 5.0))}
         augmentation = Augmentation(rotation=True, mirror_quarters=0.3, crop_size=(12, 12), **elastic)
         settings = {"schedule": ((2, 0.5), (4, 0.1)), "steps_per_epoch": 3, "batch_size": 3, "tiles": 2}
