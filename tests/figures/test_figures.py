@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 
 import pytest
 
@@ -16,6 +17,7 @@ from frem_search.figures.curves import MAX_POINTS, Series, baseline, series, thi
 from frem_search.figures.enhanced_sums import enhanced_sums_data
 from frem_search.figures.feature_magnitude import feature_magnitude_data
 from frem_search.figures.history import history_data, history_figure
+from frem_search.figures.label_place import find_room
 from frem_search.figures.learning_curves import learning_curves_data, learning_curves_figure
 from frem_search.figures.parameter_importance import parameter_importance_data
 from frem_search.figures.pictures import find_chrome
@@ -167,8 +169,18 @@ def test_tpe_scatter_of_a_study_that_searches_nothing_says_so():
 
 def test_tpe_scatter_axes_are_the_search_space_and_log_where_it_is(record):
     layout = tpe_scatter_figure(tpe_scatter_data(record)).layout
-    assert (layout.yaxis.type, layout.yaxis.range) == ("linear", (1, 512))
-    assert (layout.xaxis.type, layout.xaxis.range) == ("log", (0, 3))
+    assert (layout.yaxis.type, layout.xaxis.type) == ("linear", "log")
+    assert layout.yaxis.range == pytest.approx((1 - 0.03 * 511, 512 + 0.03 * 511))  # room for points on the bound
+    assert layout.xaxis.range == pytest.approx((-0.09, 3.09))
+    assert list(layout.xaxis.ticktext) == ["1", "10", "100", "1000"]
+    assert list(layout.xaxis.tickvals) == [1, 10, 100, 1000]
+
+
+def test_a_short_log_axis_has_ticks_between_powers_of_ten_and_a_shorter_one_those_of_plotly():
+    space = {"X": {"low": 3.0, "high": 40.0, "log": True}}
+    axis = parameter_axis(make_record(make_trial(0, 0.5, X=4.0), space=space), "X")
+    assert axis.layout()["ticktext"] == ["5", "10", "20"]
+    assert "ticktext" not in axis._replace(high=4.0).layout()
 
 
 def test_an_axis_reaches_a_trial_enqueued_outside_the_space():
@@ -222,6 +234,12 @@ def test_one_trial_that_learned_nothing_does_not_take_the_colours_of_all_others(
     figure = tpe_scatter_figure(tpe_scatter_data(make_record(*trials, make_trial(20, 0.05, B=30, X=30))))
     assert figure.data[0].marker.cmin > 0.55
     assert "1 below" in figure.data[0].marker.colorbar.title.text
+
+
+def test_no_label_lies_where_plotly_draws_no_arrow_to_it():
+    for x, y in product(range(21), range(21)):
+        room = find_room((x / 20, y / 20), [(0.5, 0.5), (0.6, 0.4), (0.4, 0.6)])
+        assert room.right_px != room.down_px
 
 
 def test_history_is_in_the_order_of_the_numbers_and_never_falls():
