@@ -48,10 +48,35 @@ class Axis(NamedTuple):
         if self.categories:
             return {"title": {"text": self.name}, "type": "category", "categoryarray": list(self.categories)}
         if self.is_log:
-            ends = [math.log10(self.low), math.log10(self.high)]
-            dense: dict[str, Any] = {"dtick": "D2"} if ends[1] - ends[0] <= 1.5 else {"dtick": 1}
-            return {"title": {"text": f"{self.name} (log scale)"}, "type": "log", "range": ends, **dense}
-        return {"title": {"text": self.name}, "type": "linear", "range": [self.low, self.high]}
+            low, high = math.log10(self.low), math.log10(self.high)
+            shown = {"title": {"text": f"{self.name} (log scale)"}, "type": "log", "range": with_margin(low, high)}
+            return shown | log_ticks(low, high)
+        return {"title": {"text": self.name}, "type": "linear", "range": with_margin(self.low, self.high)}
+
+
+def with_margin(low: float, high: float) -> list[float]:
+    """Return the ends with a little to spare, so that the frame does not cut through a point on the bound."""
+    margin = 0.03 * (high - low)
+    return [low - margin, high + margin]
+
+
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Return ticks for an axis between two powers of ten: 1, 10, 100, or 1, 2, 5, 10 where it is short.
+
+    >>> log_ticks(0, 3)["ticktext"], log_ticks(-5, -3)["ticktext"], log_ticks(0.3, 1.4)["ticktext"]
+    (['1', '10', '100', '1000'], ['1e-5', '1e-4', '0.001'], ['2', '5', '10', '20'])
+    """
+    digits = (1, 2, 5) if high - low <= 1.5 else (1,)
+    tens = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [(digit, ten) for ten in tens for digit in digits if low - 1e-9 <= math.log10(digit) + ten <= high + 1e-9]
+    if len(ticks) < 2:  # plotly finds some in a range that is narrower still
+        return {}
+    texts = [f"{digit * 10.0**ten:g}" if -3 <= ten <= 5 else f"{digit}e{ten}" for digit, ten in ticks]
+    return {
+        "tickvals": [digit * 10.0**ten for digit, ten in ticks],
+        "ticktext": texts,
+        "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 3},
+    }
 
 
 def parameter_axis(record: StudyRecord, name: str) -> Axis:

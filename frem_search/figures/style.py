@@ -1,5 +1,6 @@
 """How every figure looks: size, fonts, colours, grid."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,11 +73,18 @@ def dress(figure: "Figure", title: str, *, subtitle: str, height: int = HEIGHT) 
     return figure
 
 
-def color_bar(label: str, scores: list[float]) -> dict[str, Any]:
-    """Return the part of a marker that colours scores from blue to red and explains it in a bar."""
+def color_bar(label: str, scores: list[float], *, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the part of a marker that colours scores from blue to red and explains it in a bar.
+
+    Args:
+        label: The score's name.
+        scores: What is coloured.
+        notes: Lines in small letters below the label.
+    """
     low, high = color_range(scores)
     n_below = sum(score < low for score in scores)
-    title = f"{label}<br><span style='font-size: 12px'>{n_below} below {low:.3f}</span>" if n_below else label
+    small = [f"{n_below} below {low:.3f}"] if n_below else []
+    title = "<br>".join([label, *(f"<span style='font-size: 12px'>{line}</span>" for line in [*small, *notes])])
     bar = {"title": {"text": title}, "thickness": 16, "outlinewidth": 0, "tickformat": ".3f"}
     return {"colorscale": BLUE_TO_RED, "cmin": low, "cmax": high, "colorbar": bar, "showscale": True}
 

@@ -1,14 +1,18 @@
 """The parameters that were tried, one point per trial, blue where the score is low and red where it is high.
 
 Source: FREM, Figs 7 and 8 (X across, B up).
-Differs: the best trial is marked, pruned trials are hollow, and the axes span the whole search space.
+Differs: the best trial is marked, pruned trials are hollow, the axes span the whole search space, and where a study
+repeats configurations with other seeds the bar tells how far their scores lie apart.
 """
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.axes import Axis, is_numeric, parameter_axis
 from frem_search.figures.label_place import find_room
 from frem_search.figures.labels import describe, format_score, format_value, impossible, score_label, subtitle
+from frem_search.figures.seed_spread import SEED, SeedSpread, seed_spread, seeds_line
 from frem_search.figures.style import BLUE_TO_RED, GREY, INK, color_bar, dress
 from frem_search.study.record import StudyRecord, TrialRecord
 
@@ -20,7 +24,7 @@ class TpeScatterData(NamedTuple):
     """What the figure shows.
 
     Args:
-        subtitle: Study, dataset and number of trials.
+        subtitle: Study, dataset, number of trials, and whether they share a seed.
         score: The score's name on an axis.
         searched: The searched parameters in the study file's order.
         x: The parameter across.
@@ -28,6 +32,7 @@ class TpeScatterData(NamedTuple):
         complete: The trials that have a score, in the order of their numbers.
         pruned: The trials that were stopped early, in the order of their numbers.
         best: The best of the complete trials.
+        spread: How far scores lie apart of which only the seed differs; None where that is not known.
     """
 
     subtitle: str
@@ -38,6 +43,7 @@ class TpeScatterData(NamedTuple):
     complete: tuple[TrialRecord, ...]
     pruned: tuple[TrialRecord, ...]
     best: TrialRecord | None
+    spread: SeedSpread | None
 
     def table(self) -> list[dict[str, Any]]:
         """Return one row per point, in the order of the trials' numbers."""
@@ -70,17 +76,23 @@ def tpe_scatter_data(record: StudyRecord) -> TpeScatterData:
         remedy = "Let a worker finish one"
         raise impossible(record, "tpe_scatter", needs="a finished trial", got="there is none yet", remedy=remedy)
     best = record.best if record.best in complete else None
-    return TpeScatterData(subtitle(record), score_label(record.score), record.searched, x, y, complete, pruned, best)
+    spread = seed_spread(record)
+    line, score = f"{subtitle(record)} · {seeds_line(record, spread)}", score_label(record.score)
+    return TpeScatterData(line, score, record.searched, x, y, complete, pruned, best, spread)
 
 
 def choose_axes(record: StudyRecord) -> tuple[Axis, Axis | None]:
-    """Return the parameter across and the one up; None where a study has only one to show."""
-    numeric = [name for name in record.searched if is_numeric(record.contract["space"][name])]
+    """Return the parameter across and the one up; None where a study has only one to show.
+
+    A seed is shown only where nothing else is searched: there is no order in seeds.
+    """
+    searched = [name for name in record.searched if name != SEED] or list(record.searched)
+    numeric = [name for name in searched if is_numeric(record.contract["space"][name])]
     if {"B", "X"} <= set(numeric):
         numeric = ["B", "X"]
     if len(numeric) >= 2:
         return parameter_axis(record, numeric[1]), parameter_axis(record, numeric[0])
-    return parameter_axis(record, [*numeric, *record.searched][0]), None
+    return parameter_axis(record, [*numeric, *searched][0]), None
 
 
 def tpe_scatter_figure(data: TpeScatterData) -> "Figure":
@@ -119,8 +131,39 @@ def complete_points(data: TpeScatterData) -> "Scatter":
     import plotly.graph_objects as go
 
     scores = [trial.value for trial in data.complete if trial.value is not None]
-    marker = {"size": 12, "color": scores, "line": {"width": 0.8, "color": INK}, **color_bar(data.score, scores)}
-    return go.Scatter(points(data, data.complete), name="complete", marker=marker, cliponaxis=False)
+    bar = color_bar(data.score, scores, notes=spread_notes(data.spread) if data.spread else ())
+    drawn = points(data, data.complete)
+    sizes = ring_sizes(list(zip(drawn["x"], drawn["y"], strict=True)))
+    marker = {"size": sizes, "opacity": 1.0, "color": scores, "line": {"width": 0.8, "color": INK}, **bar}
+    return go.Scatter(drawn, name="complete", marker=marker, cliponaxis=False)
+
+
+def ring_sizes(places: Sequence[Hashable]) -> list[int]:
+    """Return the size of each point, larger than what is drawn later at the same place, so that all of them show.
+
+    >>> ring_sizes(["a", "b", "a", "a"])
+    [24, 12, 18, 12]
+    """
+    n_later: Counter[Hashable] = Counter()
+    sizes = []
+    for place in reversed(places):
+        sizes.append(12 + 6 * min(n_later[place], 4))
+        n_later[place] += 1
+    return sizes[::-1]
+
+
+def spread_notes(spread: SeedSpread) -> tuple[str, ...]:
+    """Return what stands above the bar of colours about scores of which only the seed differs.
+
+    >>> spread_notes(SeedSpread(0.0123, 4, 12))
+    ('spread over seeds:', 'sd 0.0123 (8 df),', 'n = 4 configurations')
+    """
+    n = spread.n_configurations
+    return (
+        "spread over seeds:",
+        f"sd {spread.sd:.3g} ({spread.n_degrees} df),",
+        f"n = {n} configuration{'s' if n > 1 else ''}",
+    )
 
 
 def best_note(data: TpeScatterData, best: TrialRecord) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 
 import pytest
 
@@ -16,11 +17,14 @@ from frem_search.figures.curves import MAX_POINTS, Series, baseline, series, thi
 from frem_search.figures.enhanced_sums import enhanced_sums_data
 from frem_search.figures.feature_magnitude import feature_magnitude_data
 from frem_search.figures.history import history_data, history_figure
+from frem_search.figures.label_place import find_room
 from frem_search.figures.learning_curves import learning_curves_data, learning_curves_figure
 from frem_search.figures.parameter_importance import parameter_importance_data
 from frem_search.figures.pictures import find_chrome
+from frem_search.figures.seed_spread import SeedSpread, pooled, seed_spread
 from frem_search.figures.tpe_scatter import tpe_scatter_data, tpe_scatter_figure
 from frem_search.figures.write import write_figures
+from frem_search.seeds import generator
 from frem_search.study.record import StudyRecord, TrialRecord
 
 B_AND_X = {"B": {"low": 1, "high": 512, "log": False, "step": None}, "X": {"low": 1, "high": 1000, "log": True}}
@@ -167,8 +171,18 @@ def test_tpe_scatter_of_a_study_that_searches_nothing_says_so():
 
 def test_tpe_scatter_axes_are_the_search_space_and_log_where_it_is(record):
     layout = tpe_scatter_figure(tpe_scatter_data(record)).layout
-    assert (layout.yaxis.type, layout.yaxis.range) == ("linear", (1, 512))
-    assert (layout.xaxis.type, layout.xaxis.range) == ("log", (0, 3))
+    assert (layout.yaxis.type, layout.xaxis.type) == ("linear", "log")
+    assert layout.yaxis.range == pytest.approx((1 - 0.03 * 511, 512 + 0.03 * 511))  # room for points on the bound
+    assert layout.xaxis.range == pytest.approx((-0.09, 3.09))
+    assert list(layout.xaxis.ticktext) == ["1", "10", "100", "1000"]
+    assert list(layout.xaxis.tickvals) == [1, 10, 100, 1000]
+
+
+def test_a_short_log_axis_has_ticks_between_powers_of_ten_and_a_shorter_one_those_of_plotly():
+    space = {"X": {"low": 3.0, "high": 40.0, "log": True}}
+    axis = parameter_axis(make_record(make_trial(0, 0.5, X=4.0), space=space), "X")
+    assert axis.layout()["ticktext"] == ["5", "10", "20"]
+    assert "ticktext" not in axis._replace(high=4.0).layout()
 
 
 def test_an_axis_reaches_a_trial_enqueued_outside_the_space():
@@ -222,6 +236,77 @@ def test_one_trial_that_learned_nothing_does_not_take_the_colours_of_all_others(
     figure = tpe_scatter_figure(tpe_scatter_data(make_record(*trials, make_trial(20, 0.05, B=30, X=30))))
     assert figure.data[0].marker.cmin > 0.55
     assert "1 below" in figure.data[0].marker.colorbar.title.text
+
+
+WITH_SEED = {**B_AND_X, "seed": {"choices": [0, 1, 2]}}
+
+
+def repeated_record():
+    """Return a study in which two configurations were trained with other seeds: 0.5, 0.6 and 0.1, 0.2, 0.3."""
+    trials = [
+        make_trial(0, 0.5, B=3, X=4.0, seed=0),
+        make_trial(1, 0.1, B=5, X=4.0, seed=0),
+        make_trial(2, 0.6, B=3, X=4.0, seed=1),
+        make_trial(3, 0.2, B=5, X=4.0, seed=1),
+        make_trial(4, 0.3, B=5, X=4.0, seed=2),
+        make_trial(5, 0.9, B=9, X=4.0, seed=2),
+        make_trial(6, 0.9, B=9, X=4.0, seed=2),  # the same training again
+        make_trial(7, 0.2, state="pruned", B=9, X=4.0, seed=1),
+    ]
+    return make_record(*trials, space=WITH_SEED)
+
+
+def test_the_spread_over_seeds_is_pooled_over_the_configurations_that_were_repeated():
+    spread = seed_spread(repeated_record())
+    assert (spread.n_configurations, spread.n_trials, spread.n_degrees) == (2, 5, 3)
+    assert math.isclose(spread.sd, math.sqrt((0.005 + 0.02) / 3))
+
+
+def test_the_pooled_spread_of_equal_groups_is_the_mean_variance():
+    groups = generator("groups").normal(size=(7, 4))
+    assert math.isclose(pooled(groups.tolist()).sd, math.sqrt(groups.var(axis=1, ddof=1).mean()))
+
+
+def test_the_scatters_bar_carries_the_spread_over_seeds():
+    data = tpe_scatter_data(repeated_record())
+    assert data.spread == SeedSpread(math.sqrt(0.025 / 3), 2, 5)
+    assert data.subtitle.endswith("5 trials repeat 2 configurations with other seeds")
+    text = tpe_scatter_figure(data).data[0].marker.colorbar.title.text
+    assert all(line in text for line in ("spread over seeds:", "sd 0.0913 (3 df)", "n = 2 configurations"))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "caption"), [([0, 0], "one seed"), ([0, 1], "several seeds, no configuration repeated")]
+)
+def test_a_scatter_without_repetitions_says_what_it_knows_of_seeds(seeds, caption):
+    trials = [make_trial(i, 0.5 + i / 10, B=i + 1, X=4.0, seed=seed) for i, seed in enumerate(seeds)]
+    data = tpe_scatter_data(make_record(*trials, space=WITH_SEED))
+    assert (data.spread, data.subtitle.rpartition(" · ")[2]) == (None, caption)
+    assert "spread" not in tpe_scatter_figure(data).data[0].marker.colorbar.title.text
+
+
+def test_the_scatter_of_a_study_with_a_fixed_seed_says_one_seed(record):
+    data = tpe_scatter_data(replace(record, contract={"space": {**B_AND_X, "seed": {"value": 3}}}))
+    assert data.subtitle.endswith("one seed")
+
+
+def test_repetitions_show_as_rings_around_the_last_one():
+    sizes = tpe_scatter_figure(tpe_scatter_data(repeated_record())).data[0].marker.size
+    assert list(sizes) == [18, 24, 12, 18, 12, 18, 12]
+
+
+def test_a_seed_is_no_axis_of_the_scatter_unless_it_is_all_that_is_searched():
+    space = {"seed": {"choices": [0, 1]}, "lambda": {"low": 0.0, "high": 1.0}}
+    trial = make_trial(0, 0.5, seed=1, **{"lambda": 0.3})
+    data = tpe_scatter_data(make_record(trial, space=space))
+    assert (data.x.name, data.y) == ("lambda", None)
+    assert tpe_scatter_data(make_record(trial, space={"seed": space["seed"]})).x.name == "seed"
+
+
+def test_no_label_lies_where_plotly_draws_no_arrow_to_it():
+    for x, y in product(range(21), range(21)):
+        room = find_room((x / 20, y / 20), [(0.5, 0.5), (0.6, 0.4), (0.4, 0.6)])
+        assert room.right_px != room.down_px
 
 
 def test_history_is_in_the_order_of_the_numbers_and_never_falls():

@@ -44,7 +44,9 @@ def test_a_recalibrated_network_tests_as_it_trains_without_enhancement(params):
             layer.limits[0].fill_(1.0)
             layer.limits[1].fill_(0.0)
     enhancement(network).gain.fill_(1.0)
-    torch.testing.assert_close(in_test, network.train()(images()).logits, rtol=0.02, atol=0.02)  # variances are unbiased
+    torch.testing.assert_close(
+        in_test, network.train()(images()).logits, rtol=0.02, atol=0.02
+    )  # variances are unbiased
 
 
 def test_statistics_are_the_mean_over_the_batches():
