@@ -6,8 +6,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: quickstart test lint docs clean
 
 quickstart: .venv/installed
-	FREM_SEARCH_HOME=$(CURDIR)/quickstart/home $(BIN)/frem-search run --study mouse_frem --quick
-	FREM_SEARCH_HOME=$(CURDIR)/quickstart/home $(BIN)/frem-search figures --study mouse_frem --quick --out quickstart/figures
+	FREM_SEARCH_HOME=quickstart/home $(BIN)/frem-search run --study mouse_frem --quick
+	FREM_SEARCH_HOME=quickstart/home $(BIN)/frem-search figures --study mouse_frem --quick --out quickstart/figures
 	@echo "The figures lie in $(CURDIR)/quickstart/figures: open tpe_scatter.html first."
 
 test: .venv/developed
@@ -25,6 +25,7 @@ docs: .venv/developed
 	$(BIN)/python -m cogapp -r docs/cli.md docs/networks.md
 
 clean:
+	FREM_SEARCH_HOME=quickstart/home PYTHONPATH=. $(PYTHON) tools/clean.py
 	rm -rf .venv quickstart
 
 .venv/installed: pyproject.toml constraints.txt

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from frem_search.search.worker import Worker
 from frem_search.storage.database import Storage
-from frem_search.storage.embedded import embedded_postgres
+from frem_search.storage.embedded.embedded import embedded_postgres
 from frem_search.storage.leases.leases import Leases
 from frem_search.study.file import StudyFile
 from frem_search.study.samplers import distributions

