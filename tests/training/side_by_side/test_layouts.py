@@ -22,6 +22,7 @@ from frem_search.training.member import Member
 from frem_search.training.resident import Images, Part, ResidentData
 from frem_search.training.side_by_side import graphs as graphs_module
 from frem_search.training.side_by_side import layouts as layouts_module
+from frem_search.training.side_by_side import stacked as stacked_module
 from frem_search.training.side_by_side.graphs import Graphed, train_epoch_graphed
 from frem_search.training.side_by_side.layouts import LAYOUTS, in_threads
 from frem_search.training.trial import Folds
@@ -402,7 +403,7 @@ def test_lack_of_memory_is_raised_for_all(layout, which, error):
 
 def test_lack_of_memory_in_a_stack_is_not_tried_again_with_each_alone(monkeypatch):
     members, n_alone = make_members(), []
-    monkeypatch.setattr(cohort_module, "train_stacked", raising(OUT_OF_MEMORY[0]))
+    monkeypatch.setattr(stacked_module, "train_stacked", raising(OUT_OF_MEMORY[0]))
     monkeypatch.setattr(cohort_module, "train_alone", lambda *_, **__: n_alone.append(1))
     with pytest.raises(torch.OutOfMemoryError):
         train("stacked", *members)
