@@ -7,7 +7,7 @@ from pathlib import Path
 def home() -> Path:
     """Return the folder of the embedded database, the datasets and the artifacts.
 
-    Root's default is not root's home: the database runs as a user of its own, who could not enter it.
+    Root's default is the machine's place for such files, /var/lib/frem-search.
     """
     if given := os.environ.get("FREM_SEARCH_HOME"):
         return Path(given).expanduser().resolve()
