@@ -48,7 +48,9 @@ FIGURES: dict[str, FigureSpec] = {
         learning_curves_data, learning_curves_figure, "Validation score and training loss of every trial per epoch"
     ),
     "parameter_importance": FigureSpec(
-        parameter_importance_data, parameter_importance_figure, "How much each parameter decides the score (PED-ANOVA)"
+        parameter_importance_data,
+        parameter_importance_figure,
+        "How well each parameter foretells the score, and how well on noise",
     ),
     "feature_magnitude": FigureSpec(
         feature_magnitude_data,

@@ -1,20 +1,42 @@
-"""How much each searched parameter decides whether a trial is among the best.
+"""How well each searched parameter foretells a trial's score, and how well it would if scores were noise."""
 
-Source: Watanabe, Bansal, Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary Subspaces",
-arXiv:2304.10255, in Optuna's implementation with Optuna's defaults: the best tenth of the trials against all of them.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from frem_search.figures.foretelling import correlations, permuted, ranks_so_far, similarity
 from frem_search.figures.labels import impossible, subtitle
-from frem_search.figures.style import BLUE, dress
+from frem_search.figures.seed_spread import SEED
+from frem_search.figures.style import BLUE, GREY, GRID, INK, MUTED, dress
 from frem_search.study.record import StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from plotly.graph_objects import Figure
+    from plotly.graph_objects import Bar, Figure
+
+N_PERMUTATIONS = 999
+LEVEL = 0.05  # what p, after Holm, must not exceed for a parameter to be told from noise
+
+NOISE = "not distinguishable from noise"
+ABOVE_NOISE = "above noise"
+ONE_VALUE = "one value in all trials"
+
+
+class Importance(NamedTuple):
+    """One parameter.
+
+    Args:
+        name: The parameter.
+        value: Correlation of the trials' scores with what it foretells of them, beyond the other parameters.
+        noise: The middle 90 % of its values with the scores in random orders; 5 % are above.
+        p: The share of permutations, the real order among them, whose value is as high; 1 where nothing varied.
+        p_holm: p after Holm's correction for the number of parameters.
+        verdict: NOISE, ABOVE_NOISE or ONE_VALUE.
+    """
+
+    name: str
+    value: float
+    noise: tuple[float, float]
+    p: float
+    p_holm: float
+    verdict: str
 
 
 class ParameterImportanceData(NamedTuple):
@@ -23,27 +45,44 @@ class ParameterImportanceData(NamedTuple):
     Args:
         subtitle: Study, dataset and number of trials.
         n_complete: How many complete trials the importances rest on.
-        importances: Parameter and share, the highest first; the shares sum to 1.
+        importances: One for each searched parameter, the highest first.
     """
 
     subtitle: str
     n_complete: int
-    importances: tuple[tuple[str, float], ...]
+    importances: tuple[Importance, ...]
 
     def table(self) -> list[dict[str, Any]]:
         """Return one row per parameter."""
-        return [{"parameter": name, "importance": share} for name, share in self.importances]
+        return [
+            {
+                "parameter": each.name,
+                "importance": each.value,
+                "noise, 5 %": each.noise[0],
+                "noise, 95 %": each.noise[1],
+                "p": each.p,
+                "p (Holm)": each.p_holm,
+                "verdict": each.verdict,
+            }
+            for each in self.importances
+        ]
 
 
 def parameter_importance_data(record: StudyRecord) -> ParameterImportanceData:
-    """Ask Optuna's evaluator, on a study in memory that holds the complete trials."""
-    complete = [trial for trial in record.complete if trial.value is not None]
+    """Measure each parameter on the complete trials, and again on their scores in random orders."""
+    complete = sorted((trial for trial in record.complete if trial.value is not None), key=lambda trial: trial.number)
     check_possible(record, complete)
-    varied = varied_params(record, complete)
-    shares = evaluate(complete, {name: record.contract["space"][name] for name in varied})
-    shares |= {name: 0.0 for name in record.searched if name not in shares}
-    ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return ParameterImportanceData(subtitle(record), len(complete), tuple(ordered))
+    measured = measure(record, complete)
+    corrected = holm({name: p for name, (_, _, p) in measured.items()})
+    importances = [
+        Importance(name, value, noise, p, corrected[name], ABOVE_NOISE if corrected[name] <= LEVEL else NOISE)
+        for name, (value, noise, p) in measured.items()
+    ]
+    importances += [
+        Importance(name, 0.0, (0.0, 0.0), 1.0, 1.0, ONE_VALUE) for name in record.searched if name not in measured
+    ]
+    importances.sort(key=lambda each: -each.value)
+    return ParameterImportanceData(subtitle(record), len(complete), tuple(importances))
 
 
 def check_possible(record: StudyRecord, complete: list[TrialRecord]) -> None:
@@ -68,82 +107,115 @@ def varied_params(record: StudyRecord, complete: list[TrialRecord]) -> list[str]
     return [name for name in record.searched if len({repr(trial.params.get(name)) for trial in complete}) > 1]
 
 
-def evaluate(trials: list[TrialRecord], space: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return each parameter's share as Optuna computes it."""
-    import optuna
+def measure(record: StudyRecord, complete: list[TrialRecord]) -> dict[str, tuple[float, tuple[float, float], float]]:
+    """Return value, noise and p of each parameter that had more than one value.
 
-    with quiet_optuna():
-        study = optuna.create_study(direction="maximize", storage=optuna.storages.InMemoryStorage())
-    tried = [{name: trial.params[name] for name in space if name in trial.params} for trial in trials]
-    # One distribution for all trials: the evaluator treats trials of another distribution as another search.
-    distributions = {
-        name: distribution(entry, [params[name] for params in tried if name in params]) for name, entry in space.items()
-    }
-    for trial, params in zip(trials, tried, strict=True):
-        frozen = optuna.trial.create_trial(
-            params={name: primitive(value) for name, value in params.items()},
-            distributions={name: distributions[name] for name in params},
-            value=trial.value,
-        )
-        study.add_trial(frozen)
-    return optuna.importance.get_param_importances(study)
-
-
-def distribution(entry: dict[str, Any], tried: list[Any]) -> "BaseDistribution":
-    """Return an entry of the search space as Optuna's distribution, widened to values enqueued outside of it.
-
-    The step is left out: the evaluator sorts values into 50 bins, and an enqueued value need not lie on the step.
+    p is for the parameter by itself, and uniform if no score depends on any parameter, whatever the sampler made of the
+    scores: `benchmarks/importance_of_noise.py` shows it.
     """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    import numpy as np
 
-    if "choices" in entry:
-        choices = [primitive(choice) for choice in [*entry["choices"], *tried]]
-        return CategoricalDistribution(list(dict.fromkeys(choices)))
-    low, high = min([entry["low"], *tried]), max([entry["high"], *tried])
-    is_log = bool(entry.get("log", False)) and low > 0
-    if all(isinstance(value, int) for value in [low, high, *tried]):
-        return IntDistribution(low, high, log=is_log)
-    return FloatDistribution(low, high, log=is_log)
+    from frem_search.seeds import generator
+
+    space = record.contract["space"] | {SEED: {"choices": []}}  # there is no order in seeds
+    alike = {
+        name: similarity(space[name], [trial.params.get(name) for trial in complete])
+        for name in varied_params(record, complete)
+    }
+    of_all = sum(alike.values(), np.zeros((len(complete), len(complete))))
+    scores = [trial.value for trial in complete if trial.value is not None]
+    orders = permuted(scores, generator("parameter_importance", record.name), n=N_PERMUTATIONS)
+    ranks = ranks_so_far(orders)
+    measured = {}
+    for name, own in alike.items():
+        value, *of_noise = correlations(ranks, own, of_all - own).tolist()
+        # An order that repeats the real one may differ in the last bits.
+        n_as_high = sum(each >= value - 1e-9 for each in of_noise)
+        low, high = np.quantile(of_noise, [0.05, 0.95]).tolist()
+        measured[name] = (value, (low, high), (1 + n_as_high) / (1 + N_PERMUTATIONS))
+    return measured
 
 
-def primitive(choice: Any) -> Any:
-    """Return a choice as Optuna can keep it: a list is kept as its text."""
-    return choice if choice is None or isinstance(choice, bool | int | float | str) else repr(choice)
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Return p corrected so that the chance of one wrong finding among all parameters is at most the level.
 
+    Source: Holm 1979.
 
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Keep Optuna from reporting the study in memory as if it were a user's."""
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
+    >>> holm({"B": 0.01, "X": 0.04, "lr": 0.03})
+    {'B': 0.03, 'lr': 0.06, 'X': 0.06}
+    """
+    corrected: dict[str, float] = {}
+    highest = 0.0
+    for i, name in enumerate(sorted(p, key=lambda name: p[name])):
+        highest = max(highest, min(1.0, (len(p) - i) * p[name]))
+        corrected[name] = highest
+    return corrected
 
 
 def parameter_importance_figure(data: ParameterImportanceData) -> "Figure":
-    """Draw one bar per parameter, the most important one on top."""
+    """Draw one bar per parameter on the range of noise, the most important one on top."""
     import plotly.graph_objects as go
 
-    names = [name for name, _ in reversed(data.importances)]
-    shares = [share for _, share in reversed(data.importances)]
-    bars = go.Bar(
-        x=shares,
-        y=names,
-        orientation="h",
-        marker={"color": BLUE},
-        text=[f"{share:.2f}" for share in shares],
-        textposition="outside",
-        cliponaxis=False,
-        hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-    )
-    figure = go.Figure(bars)
-    line = f"{data.subtitle} · PED-ANOVA on {data.n_complete} complete trials"
-    dress(figure, "Which parameter decides the score", subtitle=line, height=240 + 60 * max(len(names), 2))
-    figure.update_xaxes(title_text="importance (all sum to 1)", range=[0, 1.1 * max(shares)])
-    figure.update_yaxes(showgrid=False, ticks="", type="category")
-    figure.update_layout(bargap=0.45)
+    shown = list(reversed(data.importances))
+    figure = go.Figure(noise_bars(shown))
+    for name, color, bars in (
+        (ABOVE_NOISE, BLUE, [each for each in shown if each.verdict == ABOVE_NOISE]),
+        (NOISE, MUTED, [each for each in shown if each.verdict != ABOVE_NOISE]),
+    ):
+        if bars:
+            figure.add_bar(
+                x=[each.value for each in bars],
+                y=[each.name for each in bars],
+                orientation="h",
+                width=0.4,
+                name=name,
+                marker={"color": color},
+                customdata=[[each.p, each.p_holm] for each in bars],
+                hovertemplate="%{y}: %{x:.4f}<br>p = %{customdata[0]:.3f}, after Holm %{customdata[1]:.3f}"
+                f"<extra>{name}</extra>",
+            )
+    for each in shown:
+        at = {"x": end(each), "y": each.name, "xanchor": "left", "xshift": 8}
+        figure.add_annotation(**at, text=words(each), align="left", showarrow=False, font={"size": 14, "color": INK})
+    reading = "p: of each parameter by itself; words: after Holm's correction for the number of parameters"
+    line = f"{data.subtitle}, {data.n_complete} complete<br>{reading}"
+    dress(figure, "Which parameter decides the score", subtitle=line, height=310 + 70 * max(len(shown), 2))
+    low = 1.1 * min(0.0, *(min(each.value, each.noise[0]) for each in shown))
+    # So that the words, three tenths of the width, end within the axes.
+    high = max(0.05, *((end(each) - 0.32 * low) / 0.68 for each in shown))
+    title = "importance: correlation of scores with what the parameter lets one expect"
+    figure.update_xaxes(title_text=title, range=[low, high])
+    order = [each.name for each in shown]
+    figure.update_yaxes(showgrid=False, ticks="", type="category", categoryorder="array", categoryarray=order)
+    figure.update_layout(barmode="overlay", margin_t=108)
     return figure
+
+
+def noise_bars(shown: list[Importance]) -> "Bar":
+    """Return a wide bar per parameter from the lower to the upper end of what noise gives."""
+    import plotly.graph_objects as go
+
+    return go.Bar(
+        x=[high - low for _, _, (low, high), *_ in shown],
+        base=[each.noise[0] for each in shown],
+        y=[each.name for each in shown],
+        orientation="h",
+        width=0.8,
+        name=f"noise: of {N_PERMUTATIONS} random orders of the scores, 5 % lie above, 5 % below",
+        marker={"color": GRID, "line": {"color": GREY, "width": 1}},
+        customdata=[each.noise for each in shown],
+        hovertemplate="%{y}: %{customdata[0]:.4f} to %{customdata[1]:.4f}<extra>noise</extra>",
+    )
+
+
+def end(each: Importance) -> float:
+    """Return where the longer one of a parameter's bars ends, and its words begin."""
+    return max(each.value, each.noise[1], 0.0)
+
+
+def words(each: Importance) -> str:
+    """Return what stands beside a parameter's bars."""
+    if each.verdict == ONE_VALUE:
+        return ONE_VALUE
+    line = f"{each.value:.2f}, p = {each.p:.3f}"
+    return line if each.verdict == ABOVE_NOISE else f"{line}<br><span style='color: {MUTED}'>{NOISE}</span>"

@@ -19,7 +19,12 @@ from frem_search.figures.feature_magnitude import feature_magnitude_data
 from frem_search.figures.history import history_data, history_figure
 from frem_search.figures.label_place import find_room
 from frem_search.figures.learning_curves import learning_curves_data, learning_curves_figure
-from frem_search.figures.parameter_importance import parameter_importance_data
+from frem_search.figures.parameter_importance import (
+    ABOVE_NOISE,
+    NOISE,
+    parameter_importance_data,
+    parameter_importance_figure,
+)
 from frem_search.figures.pictures import find_chrome
 from frem_search.figures.seed_spread import SeedSpread, pooled, seed_spread
 from frem_search.figures.tpe_scatter import tpe_scatter_data, tpe_scatter_figure
@@ -359,11 +364,49 @@ def test_learning_curves_stay_small_with_fifty_trials_of_two_thousand_epochs():
     assert max(len(trace.x) for trace in figure.data) <= MAX_POINTS
 
 
+def searched_record(score, *, n_trials=60, space=B_AND_X):
+    """Return a study of random trials whose scores follow from B, X and noise of standard deviation 1."""
+    rng = generator("a study of random trials", n_trials)
+    params = [{"B": int(rng.integers(1, 513)), "X": float(10 ** rng.uniform(0, 3))} for _ in range(n_trials)]
+    trials = [make_trial(i, score(**each, noise=rng.normal()), **each) for i, each in enumerate(params)]
+    return make_record(*trials, space=space)
+
+
 def test_importance_finds_the_parameter_that_decides():
-    trials = [make_trial(i, 0.5 + 0.01 * (i % 10), B=1 + 50 * (i % 10), X=1 + 37 * i % 1000) for i in range(60)]
-    (first, share), *_ = parameter_importance_data(make_record(*trials)).importances
-    assert first == "B"
-    assert share > 0.8
+    data = parameter_importance_data(searched_record(lambda B, X, noise: 0.5 + B / 5120 + 0.02 * noise))
+    first, second = data.importances
+    assert (first.name, first.verdict, first.p, first.p_holm) == ("B", ABOVE_NOISE, 0.001, 0.002)
+    assert first.value > 2 * first.noise[1] > 0
+    assert (second.name, second.verdict) == ("X", NOISE)
+    assert second.noise[0] < second.value < second.noise[1]
+
+
+def test_importance_of_noise_is_called_so_in_the_figure_and_in_the_table(tmp_path):
+    record = searched_record(lambda B, X, noise: 0.5 + 0.02 * noise)
+    data = parameter_importance_data(record)
+    assert [each.verdict for each in data.importances] == [NOISE, NOISE]
+    figure = parameter_importance_figure(data)
+    assert all("not distinguishable from noise" in note.text for note in figure.layout.annotations)
+    assert all(f"p = {each.p:.3f}" in figure.layout.annotations[1 - i].text for i, each in enumerate(data.importances))
+    path, _ = write_figures(record, tmp_path, only=["parameter_importance"]).paths
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["parameter", "importance", "noise, 5 %", "noise, 95 %", "p", "p (Holm)", "verdict"]
+    assert {row["verdict"] for row in rows} == {"not distinguishable from noise"}
+    assert float(rows[0]["p (Holm)"]) >= float(rows[0]["p"])
+
+
+def test_importance_draws_each_bar_on_what_noise_gives():
+    data = parameter_importance_data(searched_record(lambda B, X, noise: 0.5 + B / 5120 + 0.02 * noise))
+    noise, above, below = parameter_importance_figure(data).data
+    assert list(above.y) == ["B"]
+    assert list(below.y) == ["X"]
+    for each in data.importances:
+        i = list(noise.y).index(each.name)
+        assert noise.base[i] == each.noise[0]
+        assert math.isclose(noise.base[i] + noise.x[i], each.noise[1])
+    caption = parameter_importance_figure(data).layout.title.text
+    assert "p: of each parameter by itself; words: after Holm's correction" in caption
 
 
 def test_importance_says_nothing_on_the_terminal(record, capfd):
@@ -372,11 +415,24 @@ def test_importance_says_nothing_on_the_terminal(record, capfd):
 
 
 def test_importance_takes_lists_among_choices_and_values_outside_the_space():
-    space = {"kernels": {"choices": [[3, 3], [5, 5]]}, "X": {"low": 1, "high": 10}}
-    trials = [make_trial(i, 0.1 * i, kernels=[3, 3] if i % 2 else [5, 5], X=12 - i) for i in range(6)]
-    shares = dict(parameter_importance_data(make_record(*trials, space=space)).importances)
-    assert set(shares) == {"kernels", "X"}
-    assert math.isclose(sum(shares.values()), 1.0)
+    space = {"kernels": {"choices": [[3, 3], [5, 5]]}, "X": {"low": 1, "high": 10}, "B": {"choices": [1, 2]}}
+    trials = [make_trial(i, 0.1 * i, kernels=[3, 3] if i % 2 else [5, 5], X=12 - i, B=1) for i in range(6)]
+    importances = {each.name: each for each in parameter_importance_data(make_record(*trials, space=space)).importances}
+    assert set(importances) == {"kernels", "X", "B"}
+    assert importances["B"].verdict == "one value in all trials"
+    assert all(-1 <= each.value <= 1 and 0 < each.p <= each.p_holm <= 1 for each in importances.values())
+
+
+def test_importance_knows_no_order_of_seeds():
+    trials = [make_trial(i, 0.5 + 0.01 * i, seed=i % 3, X=1 + i) for i in range(9)]
+    spaces = [{"X": B_AND_X["X"], "seed": seed} for seed in ({"low": 0, "high": 2}, {"choices": [2, 0, 1]})]
+    in_order, as_choice = (parameter_importance_data(make_record(*trials, space=space)) for space in spaces)
+    assert in_order == as_choice
+
+
+def test_importance_follows_the_order_of_the_numbers(record):
+    turned = replace(record, trials=record.trials[::-1])
+    assert parameter_importance_data(turned) == parameter_importance_data(record)
 
 
 @pytest.mark.parametrize(
