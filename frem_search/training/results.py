@@ -12,7 +12,7 @@ from frem_search.data.augmentation.orientations import N_ORIENTATIONS
 from frem_search.data.dataset import Dataset
 from frem_search.segmentation.inference import predict
 from frem_search.segmentation.metrics import METRICS, Score, lacking
-from frem_search.segmentation.networks import has_effect, in_phase
+from frem_search.segmentation.networks import has_effect, in_phase, is_enhanced_in_test
 from frem_search.segmentation.pictures import MOST_IMAGES, curve_csv, predictions_png
 from frem_search.segmentation.weights import Weights, dump_weights
 from frem_search.storage.artifacts import Artifacts
@@ -118,21 +118,27 @@ class Results:
             result["test"] = self._named(score.value.item(), score.per_class.tolist())
         parts = {"val": data.val} | ({"test": data.test} if len(data.test) else {})
         if has_effect(member.network):
-            result["phases"] = self._score_phases(member, parts)
+            result["phases"] = self._score_phases(member, parts, {part: result[part] for part in parts})
         if self.study_file.extra_scores:
             result["extra"] = self._extra_scores(member, parts)
         return result, pred
 
-    def _score_phases(self, member: Member, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Return the scores of the same weights with enhancement and without it (FREM, Table 1)."""
-        phases: dict[str, Any] = {}
-        for phase in PHASES:
-            with in_phase(member.network, is_enhanced=phase == "enhanced"):
-                scores = {part: self._score(member, images, self.study_file.score)[1] for part, images in parts.items()}
-            phases[phase] = {
-                part: self._named(score.value.item(), score.per_class.tolist()) for part, score in scores.items()
-            }
-        return phases
+    def _score_phases(
+        self, member: Member, parts: Mapping[str, Part], own: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the scores of the same weights with enhancement and without it (FREM, Table 1).
+
+        Args:
+            member: With the weights of its best epoch.
+            parts: Its images.
+            own: Their scores in the phase that the study tests in.
+        """
+        own_is_enhanced = is_enhanced_in_test(member.network)
+        with in_phase(member.network, is_enhanced=not own_is_enhanced):
+            scores = {part: self._score(member, images, self.study_file.score)[1] for part, images in parts.items()}
+        other = {part: self._named(score.value.item(), score.per_class.tolist()) for part, score in scores.items()}
+        plain, enhanced = (other, own) if own_is_enhanced else (own, other)
+        return dict(zip(PHASES, (plain, enhanced), strict=True))
 
     def _extra_scores(self, member: Member, parts: Mapping[str, Part]) -> dict[str, dict[str, float | None]]:
         """Return by name and part what a study also tells; None of what this machine has no package for."""

@@ -410,13 +410,14 @@ def test_a_trial_leaves_its_scores_weights_and_predictions(make_objective, tmp_p
         assert (stored["pred"].shape, stored["pred"].dtype) == ((2, 32, 32), np.uint8)
 
 
-def test_a_trial_with_frem_is_scored_in_both_test_phases_by_the_weights_of_one_epoch(make_objective):
-    plain, enhanced = make_objective(), make_objective(uid="enhanced")
-    train(plain, 0, PARAMS | {"X": 300.0})
+def test_a_trial_with_frem_is_scored_in_both_test_phases_by_the_weights_of_one_epoch(make_objective, study_file):
+    longer = replace(study_file, n_epochs=20)
+    plain, enhanced = make_objective(longer), make_objective(longer, uid="enhanced")
+    train(plain, 0, PARAMS | {"X": 300.0, "learning_rate": 1e-2})
     result = plain.finish(0).result
     assert result["phases"]["plain"] == {"val": result["val"], "test": result["test"]}
     assert result["phases"]["enhanced"] != result["phases"]["plain"]
-    train(enhanced, 0, PARAMS | {"X": 300.0, "enhanced_in_test": True})
+    train(enhanced, 0, PARAMS | {"X": 300.0, "learning_rate": 1e-2, "enhanced_in_test": True})
     member = enhanced.trial(0).members[0]
     member.best_weights = plain.trial(0).members[0].best_weights
     assert enhanced.finish(0).result["phases"] == result["phases"]
@@ -454,7 +455,7 @@ def test_the_test_images_are_scored_once_with_the_best_weights(make_objective, s
     with torch.no_grad():
         member.network.head.weight.zero_()  # the last epoch's weights are not to be looked at
     outcome = trained.finish(0)
-    assert predicted == [2]
+    assert predicted == [2, 2, 2], "the test images once in each phase, and the validation images in the other one"
 
     dataset = load_dataset(study_file.dataset, image_size=32)
     content = torch.load(tmp_path / "artifacts/study/0/weights.pt", weights_only=True)
@@ -490,7 +491,7 @@ def test_the_weights_file_says_where_it_comes_from(make_objective, study_file, t
 def test_without_test_images_there_are_no_predictions(make_objective, tmp_path):
     trained = make_objective(n_test=0)
     train(trained)
-    assert set(trained.finish(0).result) == {"best_epoch", "val"}
+    assert set(trained.finish(0).result) == {"best_epoch", "val", "phases"}
     folder = tmp_path / "artifacts/study/0"
     assert not (folder / "predictions.npz").exists()
     # The picture is of validation images then.

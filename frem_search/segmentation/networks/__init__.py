@@ -79,6 +79,12 @@ def has_effect(network: nn.Module) -> bool:
     return layer is not None and layer.B > 0 and layer.X != 1
 
 
+def is_enhanced_in_test(network: nn.Module) -> bool:
+    """Whether a network enhances features in test too."""
+    layer = enhancement(network)
+    return layer is not None and layer.enhanced_in_test
+
+
 @contextmanager
 def in_phase(network: nn.Module, *, is_enhanced: bool) -> Iterator[None]:
     """Let a network enhance in test, or not, for as long as the block lasts.
