@@ -108,7 +108,7 @@ def train(training: dict[str, Any]) -> dict[str, Any]:
     }
     best: dict[str, tuple[float, int, dict[str, torch.Tensor]]] = {}
     for epoch in range(1, training["n_epochs"] + 1):
-        loss, features = train_alone(member, cohort.begin_epoch(member), loss=cohort.loss, precision="fp32")
+        trained = train_alone(member, cohort.begin_epoch(member), loss=cohort.loss, precision="fp32")
         member.prepare_score(precision="fp32")
         scores = {phase: _score(member, phase, "val")[0] for phase in _phases(member)}
         for phase, score in scores.items():
@@ -118,9 +118,10 @@ def train(training: dict[str, Any]) -> dict[str, Any]:
                 best[phase] = score, epoch, state
         member.resume()
         member.epoch = epoch
+        features = trained.features
         maps, layer = features.bottleneck.double().numpy(), enhancement(member.network)
         for name, value in (
-            ("loss", loss.item()), ("bottleneck", maps.mean()), ("skip", features.skip.item()),
+            ("loss", trained.loss.item()), ("bottleneck", maps.mean()), ("skip", features.skip.item()),
             ("enhanced_sum", maps[layer.enhanced].sum()), ("other_sum", maps[~layer.enhanced].sum()),
         ):  # fmt: skip
             curves[name].append(float(f"{value:.5g}"))

@@ -1,5 +1,6 @@
-"""Validation score and training loss of every trial per epoch, the best trial in front."""
+"""Validation score and training loss of every trial per epoch, the best trial in front with IoU and loss of both."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frem_search.figures.curves import Series, rows_of, scale_type, series
@@ -20,6 +21,8 @@ class Curve(NamedTuple):
         final: The trial's score, or None where it has none yet.
         score: Validation score per epoch.
         loss: Training loss per epoch.
+        train_iou: Mean IoU of the pixels that were trained on, as they were taken for in the steps of the epoch.
+        val_loss: Loss of the validation images, of the final output alone.
     """
 
     number: int
@@ -27,6 +30,8 @@ class Curve(NamedTuple):
     final: float | None
     score: Series
     loss: Series
+    train_iou: Series
+    val_loss: Series
 
 
 class LearningCurvesData(NamedTuple):
@@ -50,6 +55,8 @@ class LearningCurvesData(NamedTuple):
         for curve in sorted(self.curves, key=lambda curve: curve.number):
             rows += rows_of(curve.number, self.score, curve.score)
             rows += rows_of(curve.number, "training loss", curve.loss)
+            rows += rows_of(curve.number, "training IoU", curve.train_iou)
+            rows += rows_of(curve.number, "validation loss", curve.val_loss)
         return rows
 
 
@@ -69,7 +76,13 @@ def learning_curves_data(record: StudyRecord) -> LearningCurvesData:
 def take_curve(trial: TrialRecord) -> Curve:
     """Return a trial's two series."""
     return Curve(
-        trial.number, trial.state, trial.value, series(trial, "score", keeps_highest=True), series(trial, "train_loss")
+        trial.number,
+        trial.state,
+        trial.value,
+        score=series(trial, "score", keeps_highest=True),
+        loss=series(trial, "train_loss"),
+        train_iou=series(trial, "train_iou"),
+        val_loss=series(trial, "val_loss"),
     )
 
 
@@ -88,11 +101,14 @@ def learning_curves_figure(data: LearningCurvesData) -> "Figure":
             traces = lines(curve, data.score, line={"color": INK, "width": 2}, opacity=1.0)
             traces[0].update(name=f"best: trial {curve.number}", showlegend=True)
             figure.add_traces(traces, [1, 2], [1, 1])
+            for row, trace in others_of_best(curve):
+                figure.add_trace(trace, row, 1)
             figure.add_trace(peak(curve, data.score), 1, 1)
     if finals and others:
         figure.add_trace(bar_trace(data.score, finals), 1, 1)
     dress(figure, "Learning curves of all trials", subtitle=data.subtitle, height=760)
     losses = [value for curve in data.curves for value in curve.loss.values]
+    losses += [value for curve in data.curves if curve.number == data.best for value in curve.val_loss.values]
     figure.update_yaxes(title_text=data.score, row=1, col=1)
     figure.update_yaxes(title_text="training loss", type=scale_type(losses), row=2, col=1)
     figure.update_xaxes(title_text="epoch", row=2, col=1)
@@ -119,6 +135,26 @@ def lines(curve: Curve, score: str, *, line: dict[str, Any], opacity: float) -> 
         )
         for one, quantity in [(curve.score, score), (curve.loss, "training loss")]
     ]
+
+
+def others_of_best(curve: Curve) -> "Iterator[tuple[int, Scatter]]":
+    """Yield the dotted lines that show how far training and validation images are apart, and the row of each."""
+    import plotly.graph_objects as go
+
+    for row, one, quantity in ((1, curve.train_iou, "its training IoU"), (2, curve.val_loss, "its validation loss")):
+        if one.epochs:  # an earlier version did not store them
+            yield (
+                row,
+                go.Scatter(
+                    x=list(one.epochs),
+                    y=list(one.values),
+                    mode="lines" if len(one.epochs) > 1 else "markers",
+                    line={"color": INK, "width": 1.5, "dash": "dot"},
+                    marker={"color": INK, "size": 4},
+                    name=quantity,
+                    hovertemplate=f"trial {curve.number}<br>epoch %{{x}}: {quantity} %{{y:.4f}}<extra></extra>",
+                ),
+            )
 
 
 def peak(curve: Curve, score: str) -> "Scatter":

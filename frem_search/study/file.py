@@ -44,6 +44,7 @@ class StudyFile:
     loss: str = "softmax_cross_entropy"
     score: str = "mean_iou"
     extra_scores: tuple[str, ...] = ()  # told of every complete trial too, and not searched for
+    predictions_after: tuple[int, ...] = ()  # epochs whose predictions are kept with every trial
     fold: int = 0
     n_folds: int | None = None  # of a cross-validation; None trains and scores one fold
     precision: str = "auto"
@@ -194,6 +195,7 @@ class _Reader:
             "loss",
             "score",
             "extra_scores",
+            "predictions_after",
             "fold",
             "folds",
             "precision",
@@ -223,6 +225,7 @@ class _Reader:
             loss=self.text(table, "loss", default="softmax_cross_entropy"),
             score=self.text(table, "score", default="mean_iou"),
             extra_scores=self.texts(table, "extra_scores"),
+            predictions_after=self.epochs(table, "predictions_after"),
             fold=self.integer(table, "fold", low=0, default=0),
             n_folds=n_folds,
             precision=self.text(table, "precision", default="auto", among=PRECISIONS),
@@ -288,6 +291,12 @@ class _Reader:
         value = table.get(key, [])
         if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
             self.wrong(key, f"expected a list of texts, but got {value!r}.")
+        return tuple(value)
+
+    def epochs(self, table: Mapping[str, Any], key: str) -> tuple[int, ...]:
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(type(each) is int and each > 0 for each in value):
+            self.wrong(key, f"expected a list of epochs, from 1 on, but got {value!r}.")
         return tuple(value)
 
     def integer(self, table: Mapping[str, Any], key: str, *, low: int, default: int | None = None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frem_search.segmentation.weights import UNREADABLE
 from frem_search.system.device import is_of_device
-from frem_search.training.member import Member
+from frem_search.training.member import CURVE_COLUMNS, Member
 from frem_search.training.trial import Folds
 
 FORMAT = 2
@@ -63,6 +63,8 @@ def load_checkpoint(folds: Folds, content: bytes, *, identity: Mapping[str, Any]
         member.optimizer.load_state_dict(state["optimizer"])
         for name in STATE:
             setattr(member, name, state[name])
+        # Earlier versions knew fewer columns.
+        member.curve = {column: member.curve.get(column, [None] * member.epoch) for column in CURVE_COLUMNS}
     folds.image_scores = stored["image_scores"]
     return True
 

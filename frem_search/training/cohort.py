@@ -4,11 +4,14 @@ import math
 import time
 from collections.abc import Hashable
 
+from torch import Tensor
+
 from frem_search.segmentation.batch import Batch
-from frem_search.segmentation.inference import score_images
+from frem_search.segmentation.inference import Criterion, score_images
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.metrics import Score
 from frem_search.segmentation.networks import redraw
+from frem_search.segmentation.output import Output
 from frem_search.system.device import is_of_device
 from frem_search.training.batches import EpochPlan, prepare_epoch
 from frem_search.training.epoch import end_epoch, train_alone
@@ -73,16 +76,13 @@ class Cohort:
         started = time.perf_counter()
         try:
             epoch = self.begin_epoch(member)
-            loss, features = train_alone(member, epoch, loss=self.loss, precision=self.precision)
-            # The first host synchronisation of the epoch.
-            return end_epoch(
-                member, train_loss=loss.item(), features=features, score=self.validate(member), started=started
-            )
+            trained = train_alone(member, epoch, loss=self.loss, precision=self.precision)
+            return end_epoch(member, trained=trained, score=self.validate(member), started=started)
         except Exception as error:  # noqa: BLE001 whatever the code of a network, loss or metric raises
             return self.ended(member, error)
 
     def validate(self, member: Member) -> Score:
-        """Return a member's score on the validation images, not yet waiting for the device."""
+        """Return a member's score and loss on the validation images, not yet waiting for the device."""
         data = member.data
         member.prepare_score(precision=self.precision)
         return score_images(
@@ -93,7 +93,18 @@ class Cohort:
             n_classes=data.n_classes,
             precision=self.precision,
             tiles=member.tiles,
+            criterion=self.criterion(member),
         )
+
+    def criterion(self, member: Member) -> Criterion:
+        """Return what gives the loss of a member's validation images; in test no output is auxiliary."""
+        val, weights = member.data.val, member.loss_weights
+        whole = Batch(val.images, val.labels, val.border, member.data.class_weights)
+
+        def loss_of(output: Output, rows: slice) -> Tensor:
+            return self.loss.function(output, whole.map(lambda each: each[rows]), weights)
+
+        return loss_of
 
     def ended(self, member: Member, error: Exception) -> EpochReport:
         """Let a member end with what its code raised; an error of the device concerns all and is raised again."""

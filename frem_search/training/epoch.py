@@ -2,21 +2,47 @@
 
 import math
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from frem_search.segmentation.batch import Batch
 from frem_search.segmentation.inference import precision_context
 from frem_search.segmentation.losses import Loss
 from frem_search.segmentation.metrics import Score
+from frem_search.segmentation.metrics.iou import iou_counts, mean_of_counts
 from frem_search.segmentation.networks import enhancement
-from frem_search.segmentation.output import Features
+from frem_search.segmentation.output import Features, Output
 from frem_search.training.member import EpochReport, Member
 
 
-def train_alone(member: Member, epoch: Batch, *, loss: Loss, precision: str) -> tuple[Tensor, Features | None]:
-    """Run the steps of one epoch without waiting for the device; return mean loss and mean feature magnitudes.
+class Trained(NamedTuple):
+    """What training showed: of one step, or of all steps of an epoch.
+
+    Args:
+        loss: The step's, or the mean over steps.
+        iou_counts: As `iou_counts` counts them, summed over steps.
+        features: Feature magnitudes, or their mean over steps; None of a network that has none.
+    """
+
+    loss: Float[Tensor, ""]
+    iou_counts: Int[Tensor, "2 k"]
+    features: Features | None
+
+    @classmethod
+    def over(cls, steps: "Sequence[Trained]") -> "Trained":
+        """Return what some steps showed together."""
+        losses, counts, features = zip(*steps, strict=True)
+        known = [each for each in features if each is not None]
+        means = Features(*(torch.stack(values).mean(dim=0) for values in zip(*known, strict=True))) if known else None
+        return cls(sum(losses) / len(steps), torch.stack(counts).sum(dim=0), means)
+
+
+def train_alone(member: Member, epoch: Batch, *, loss: Loss, precision: str) -> Trained:
+    """Run the steps of one epoch without waiting for the device.
 
     Args:
         member: As `Cohort.begin_epoch` left it.
@@ -24,55 +50,44 @@ def train_alone(member: Member, epoch: Batch, *, loss: Loss, precision: str) -> 
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
     """
-    coefficients = loss_weights(member)
-    total, features = torch.zeros((), device=member.data.device), []
     member.network.train()
-    for i in range(epoch.n_steps):
-        step_loss, magnitudes = step(member, epoch.step(i), coefficients, loss=loss, precision=precision)
-        total += step_loss
-        features.append(magnitudes)
-    return total / epoch.n_steps, _mean_features(features)
+    return Trained.over([step(member, epoch.step(i), loss=loss, precision=precision) for i in range(epoch.n_steps)])
 
 
-def loss_weights(member: Member) -> dict[str, Tensor]:
-    """Return a member's coefficients on its device."""
-    return {name: torch.tensor(value, device=member.data.device) for name, value in member.coefficients.items()}
-
-
-def step(
-    member: Member, batch: Batch, coefficients: dict[str, Tensor], *, loss: Loss, precision: str
-) -> tuple[Tensor, Features | None]:
-    """Train on one batch; return its loss and feature magnitudes.
+def step(member: Member, batch: Batch, *, loss: Loss, precision: str) -> Trained:
+    """Train on one batch.
 
     Args:
         member: Its network in training mode.
         batch: What to train on.
-        coefficients: The loss's.
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
     """
     with precision_context(member.data.device, precision):
         output = member.network(batch.image)
-        value = loss.function(output, batch, coefficients)
+        value = loss.function(output, batch, member.loss_weights)
     member.optimizer.zero_grad(set_to_none=True)
     value.backward()
     member.optimizer.step()
-    return value.detach(), output.features
+    return Trained(value.detach(), count(output, batch), output.features)
 
 
-def end_epoch(
-    member: Member, *, train_loss: float, features: Features | None, score: Score, started: float
-) -> EpochReport:
+def count(output: Output, batch: Batch) -> Int[Tensor, "2 k"]:
+    """Count what the pixels of a batch were taken for in training."""
+    logits = output.logits.detach()
+    return iou_counts(logits.argmax(dim=1), batch.label, n_classes=logits.shape[1])
+
+
+def end_epoch(member: Member, *, trained: Trained, score: Score, started: float) -> EpochReport:
     """Count the epoch, keep the weights if they are the best so far, and append a row to the curve.
 
     Args:
         member: What was trained.
-        train_loss: Mean over the steps.
-        features: Mean magnitudes over the steps.
-        score: On the validation images; read here, so that the host waits for the device.
+        trained: What the epoch showed; read here, so that the host waits for the device.
+        score: On the validation images, with their loss.
         started: When the epoch began, by `time.perf_counter`.
     """
-    value, per_class = score.value.item(), score.per_class.tolist()
+    train_loss, value, per_class = trained.loss.item(), score.value.item(), score.per_class.tolist()
     member.epoch += 1
     is_finite = math.isfinite(train_loss)
     member.has_ended = not is_finite
@@ -81,35 +96,30 @@ def end_epoch(
         member.keep_weights()
     member.resume()
     seconds = time.perf_counter() - started
-    _note(member, train_loss=train_loss, score=value, per_class=per_class, features=features, seconds=seconds)
+    _note(member, trained, score, seconds=seconds)
     return EpochReport(
         member.key, member.epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds
     )
 
 
-def _mean_features(steps: list[Features | None]) -> Features | None:
-    known = [features for features in steps if features is not None]
-    if not known:
-        return None
-    return Features(*(torch.stack(values).mean(dim=0) for values in zip(*known, strict=True)))
-
-
-def _note(
-    member: Member,
-    *,
-    train_loss: float,
-    score: float,
-    per_class: list[float],
-    features: Features | None,
-    seconds: float,
-) -> None:
+def _note(member: Member, trained: Trained, score: Score, *, seconds: float) -> None:
     """Append the epoch to the member's curve; JSON has no NaN, so that a class without a score is None."""
-    row = {"epoch": member.epoch, "train_loss": train_loss, "score": score, "best_score": member.best_score}
-    row |= {"seconds": round(seconds, 4)}
-    curve = member.curve
+    row: dict[str, int | float | None] = {
+        "epoch": member.epoch,
+        "train_loss": trained.loss.item(),
+        "train_iou": mean_of_counts(trained.iou_counts).item(),
+        "val_loss": None if score.loss is None else score.loss.item(),
+        "score": score.value.item(),
+        "best_score": member.best_score,
+        "seconds": round(seconds, 4),
+    }
+    row |= _magnitudes(member, trained.features)
     for column, value in row.items():
-        curve[column].append(_finite(value))
-    curve["per_class"].append([_finite(value) for value in per_class])
+        member.curve[column].append(_finite(value))
+    member.curve["per_class"].append([_finite(value) for value in score.per_class.tolist()])
+
+
+def _magnitudes(member: Member, features: Features | None) -> dict[str, float | None]:
     bottleneck = skip = enhanced_sum = other_sum = None
     if features is not None:
         maps = features.bottleneck.double().cpu().numpy()
@@ -117,11 +127,8 @@ def _note(
         bottleneck, skip = float(maps.mean()), features.skip.item()
         if layer is not None:
             enhanced_sum, other_sum = float(maps[layer.enhanced].sum()), float(maps[~layer.enhanced].sum())
-    for column, magnitude in (
-        ("bottleneck", bottleneck), ("skip", skip), ("enhanced_sum", enhanced_sum), ("other_sum", other_sum),
-    ):  # fmt: skip
-        curve[column].append(None if magnitude is None else _finite(magnitude))
+    return {"bottleneck": bottleneck, "skip": skip, "enhanced_sum": enhanced_sum, "other_sum": other_sum}
 
 
-def _finite(value: int | float) -> int | float | None:  # an epoch is an int, and beartype knows no int among floats
-    return value if math.isfinite(value) else None
+def _finite(value: int | float | None) -> int | float | None:  # an epoch is an int, and beartype wants it said
+    return value if value is not None and math.isfinite(value) else None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from frem_search.training.resident import ResidentData
 from frem_search.training.schedule import Schedule, factor_at
 
 CURVE_COLUMNS = (
-    "epoch", "train_loss", "score", "best_score", "per_class", "bottleneck", "skip", "enhanced_sum", "other_sum",
-    "seconds",
+    "epoch", "train_loss", "train_iou", "val_loss", "score", "best_score", "per_class", "bottleneck", "skip",
+    "enhanced_sum", "other_sum", "seconds",
 )  # fmt: skip
 
 
@@ -82,6 +83,11 @@ class Member:
             fused=True,
             capturable=is_cuda,  # so that a CUDA graph may hold its step
         )
+
+    @cached_property
+    def loss_weights(self) -> dict[str, Tensor]:
+        """The loss's coefficients on the device."""
+        return {name: torch.tensor(value, device=self.data.device) for name, value in self.coefficients.items()}
 
     @property
     def rate(self) -> float:

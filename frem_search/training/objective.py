@@ -189,6 +189,16 @@ class Objective:
             content = dump_checkpoint(self.trial(number), identity=self._identity(number, self._params[number]))
         self._artifacts.write(f"{number}/{CHECKPOINT}", content)
 
+    def store_prediction(self, number: int) -> None:
+        """Store what a trial predicts now, if its study names the epoch that it has done.
+
+        Raises:
+            DeviceError: The device failed.
+            ArtifactError: It cannot be written.
+        """
+        with device_errors(self._device):
+            self._results.store_prediction(self.trial(number))
+
     def finish(self, number: int) -> Outcome:
         """Score the test images once, with the weights of the best epoch, and store what the trial leaves behind.
 

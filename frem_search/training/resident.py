@@ -26,7 +26,7 @@ class Images:
         images: float32 (n, c, h, w), normalised, channels last in memory.
         labels: uint8 (n, h, w).
         border: float32 (n, h, w), distances to the two nearest cells together; for a loss that needs them, and of the
-            images that train.
+            images that train or validate.
     """
 
     images: Tensor
@@ -126,7 +126,8 @@ def load_resident(
     """
     parts = {(fold, name): _indices(dataset, name, fold=fold) for fold in folds for name in ("train", "val", "test")}
     trains = np.unique(np.concatenate([parts[fold, "train"] for fold in folds]))
-    border = _borders(dataset, trains) if needs_border else None
+    learnt = np.unique(np.concatenate([trains, *(parts[fold, "val"] for fold in folds)]))
+    border = _borders(dataset, learnt) if needs_border else None
     names = ("val", "test") if tiles > 1 else ("train", "val", "test")
     everything = np.unique(np.concatenate([parts[fold, name] for fold in folds for name in names]))
     n_orientations = N_ORIENTATIONS if is_eightfold else 1
@@ -173,10 +174,10 @@ def _indices(dataset: Dataset, name: Literal["train", "val", "test"], *, fold: i
     return indices
 
 
-def _borders(dataset: Dataset, trains: np.ndarray) -> np.ndarray:
-    """Return the distances of the images that train; the others' are zeros, which nobody reads."""
+def _borders(dataset: Dataset, learnt: np.ndarray) -> np.ndarray:
+    """Return the distances of the images that train or validate; the others' are zeros, which nobody reads."""
     border = np.zeros(dataset.labels.shape, dtype=np.float32)
-    for i in trains:
+    for i in learnt:
         border[i] = border_distances(dataset.labels[i])
     return border
 

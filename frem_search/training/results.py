@@ -25,6 +25,8 @@ from frem_search.training.trial import Folds, mean
 
 WEIGHTS = "weights.pt"
 PREDICTIONS = "predictions.npz"
+INSPECTED = "inspected.npz"  # what some networks show beside a prediction
+EPOCH_PICTURE = "predictions_after_{}.png"
 PHASES = ("plain", "enhanced")  # of the test: FREM off, as the paper proposes it, or on
 
 
@@ -98,6 +100,20 @@ class Results:
             shown = shown or self._write_shown(trial, member, pred)
         return results[0] if self.study_file.n_folds is None else _mean_result(results), shown
 
+    def store_prediction(self, trial: Folds) -> None:
+        """Store what a trial predicts now, if its study names the epoch that it has done.
+
+        Args:
+            trial: In training; of several folds the first is shown.
+        """
+        member = trial.members[0]
+        if member.epoch in self.study_file.predictions_after:
+            member.prepare_score(precision=self.precision)
+            part = self._shown_part(member)
+            picture = self._picture(part, self._predict(member, part.images[:MOST_IMAGES]))
+            member.resume()
+            self.artifacts.write(f"{trial.number}/{EPOCH_PICTURE.format(member.epoch)}", picture)
+
     def remove_weights(self, number: int) -> None:
         """Remove the weights of a trial that is not among the best; nothing happens if there are none."""
         for fold in self.study_file.folds:
@@ -169,7 +185,7 @@ class Results:
         """Store the weights of a fold, and the prediction of its test images."""
         folder = self._place(number, member.fold)
         if pred is not None:
-            self.artifacts.write(f"{folder}/{PREDICTIONS}", _pack_predictions(member.data.test.cases, pred))
+            self.artifacts.write(f"{folder}/{PREDICTIONS}", _packed(member.data.test.cases, pred=pred))
         self.artifacts.write(f"{folder}/{WEIGHTS}", self._pack_weights(number, params, member))
 
     def _pack_weights(self, number: int, params: Mapping[str, Any], member: Member) -> bytes:
@@ -196,20 +212,30 @@ class Results:
 
     def _write_shown(self, trial: Folds, member: Member, pred: torch.Tensor | None) -> dict[str, str]:
         """Store curve and pictures: of test images, or without any of validation images; return how to find them."""
-        part = member.data.val if pred is None else member.data.test
-        images, labels = part.images[:MOST_IMAGES], part.labels[:MOST_IMAGES]
+        part = self._shown_part(member)
         if pred is None:
-            pred = self._predict(member, images)
-        classes = pred[:MOST_IMAGES].argmax(dim=1) if pred.ndim > labels.ndim else pred[:MOST_IMAGES]
-        picture = predictions_png(*(each.cpu().numpy() for each in (images, labels, classes)))
+            pred = self._predict(member, part.images[:MOST_IMAGES])
         self.artifacts.write(f"{trial.number}/{CURVE}", curve_csv(trial.curve, self.dataset.class_names))
-        self.artifacts.write(f"{trial.number}/{PICTURE}", picture)
+        self.artifacts.write(f"{trial.number}/{PICTURE}", self._picture(part, pred))
+        if inspect := getattr(member.network, "inspect", None):
+            member.network.eval()
+            seen = inspect(part.images[:MOST_IMAGES])
+            self.artifacts.write(f"{trial.number}/{INSPECTED}", _packed(part.cases[:MOST_IMAGES], **seen))
         return artifact_attrs(self.study_uid, trial.number)
 
+    def _shown_part(self, member: Member) -> Part:
+        return member.data.test if len(member.data.test) else member.data.val
 
-def _pack_predictions(cases: tuple[str, ...], pred: torch.Tensor) -> bytes:
+    def _picture(self, part: Part, pred: torch.Tensor) -> bytes:
+        images, labels, pred = part.images[:MOST_IMAGES], part.labels[:MOST_IMAGES], pred[:MOST_IMAGES]
+        classes = pred.argmax(dim=1) if pred.ndim > labels.ndim else pred
+        return predictions_png(*(each.cpu().numpy() for each in (images, labels, classes)))
+
+
+def _packed(cases: tuple[str, ...], **tensors: torch.Tensor) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, cases=np.array(cases), pred=pred.cpu().numpy())
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    np.savez_compressed(buffer, cases=np.array(cases), **arrays)
     return buffer.getvalue()
 
 

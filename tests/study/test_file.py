@@ -20,7 +20,10 @@ GOOD = {
     "budget": {"n_trials": 3, "n_epochs": 4},
     "params": {"base_channels": 4, "B": {"low": 0, "high": 16}},
 }
-TOP = "title, dataset, network, loss, score, extra_scores, fold, folds, precision, budget, params, sampler, pruner"
+TOP = (
+    "title, dataset, network, loss, score, extra_scores, predictions_after, fold, folds, precision, budget, params, "
+    "sampler, pruner"
+)
 
 
 def inline(value):
@@ -146,6 +149,8 @@ def test_an_unknown_key_is_told_at_every_level(fails, key, value, says):
         ({"folds": {"n": 5}, "fold": 1}, "folds: expected either fold, to train one, or [folds], to train all, but"),
         ({"pruner": {"name": "wilcoxon"}}, "pruner.name: wilcoxon compares folds, but there is one only."),
         ({"extra_scores": "seg"}, "extra_scores: expected a list of texts, but got 'seg'."),
+        ({"predictions_after": 3}, "predictions_after: expected a list of epochs, from 1 on, but got 3."),
+        ({"predictions_after": [0]}, "predictions_after: expected a list of epochs, from 1 on, but got [0]."),
         ({"extra_scores": [1]}, "extra_scores: expected a list of texts, but got [1]."),
         ({"sampler": {"name": "grid"}}, "params.B: expected a choice, as grid tries all, but got a range."),
     ],

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import jaccard_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frem_search.data.augmentation.order import epoch_batches
@@ -489,6 +490,55 @@ def test_the_curve_has_a_row_for_every_epoch_and_says_what_it_says():
         assert rows["enhanced_sum"][i] == pytest.approx(maps[enhanced].sum().item())
         # Taken before the enhancement, so that X is not in it.
         assert rows["enhanced_sum"][i] + rows["other_sum"][i] == pytest.approx(rows["bottleneck"][i] * 16)
+
+
+def test_the_curve_says_what_training_pixels_were_taken_for_and_the_loss_of_validation_images():
+    cohort, member = make_cohort(), make_member(supervision=True, n_epochs=1)
+    seen, val = [], member.data.val
+    forward = member.network.forward
+
+    def watched(x):
+        output = forward(x)
+        seen.append((member.network.training, output.logits.detach().argmax(dim=1)))
+        return output
+
+    member.network.forward = watched
+    cohort.admit(member)
+    batches = cohort.begin_epoch(member)
+    train(member, cohort)
+    steps = torch.cat([pred for is_training, pred in seen if is_training])
+    labels = batches.label.flatten(0, 1)
+    expected = jaccard_score(labels.flatten(), steps.flatten(), average="macro")
+    assert member.curve["train_iou"] == [pytest.approx(expected)]
+    with torch.no_grad():
+        logits = member.network.eval()(val.images).logits  # after the only epoch; no auxiliary output in test
+    loss = torch.nn.functional.cross_entropy(logits, val.labels.long())
+    assert member.curve["val_loss"] == [pytest.approx(loss.item())]
+
+
+@pytest.mark.parametrize("n_images", [1, EVAL_BATCH, EVAL_BATCH + 3])
+def test_the_validation_loss_is_that_of_all_images_together(n_images):
+    member = make_member(dataset=make_dataset(n_val=n_images))
+    val = member.data.val
+    score = make_cohort().validate(member)
+    with torch.no_grad():
+        logits = torch.cat([member.network.eval()(each).logits for each in val.images.split(5)])
+    expected = torch.nn.functional.cross_entropy(logits, val.labels.long())
+    torch.testing.assert_close(score.loss, expected, rtol=1e-5, atol=0)
+
+
+def test_a_checkpoint_of_an_earlier_version_leaves_what_its_curve_did_not_know_empty(stored):
+    held = torch.load(io.BytesIO(stored[:-32]), weights_only=True)
+    (fold,) = held["folds"]
+    for column in ("train_iou", "val_loss"):
+        del fold["curve"][column]
+    member, content = make_member(), packed(held)
+    assert load_checkpoint(Folds(0, [member]), content + hashlib.sha256(content).digest(), identity=IDENTITY)
+    assert tuple(member.curve) == CURVE_COLUMNS
+    assert member.curve["val_loss"] == [None] * member.epoch
+    train(member)
+    assert {len(values) for values in member.curve.values()} == {member.n_epochs}
+    assert member.curve["val_loss"][-1] is not None
 
 
 def test_the_enhanced_maps_change_with_the_epoch_unless_they_are_fixed():

@@ -872,3 +872,54 @@ def test_a_batch_that_the_network_cannot_normalise_is_a_usage_error(make_objecti
     (report,) = trained.epochs()
     with pytest.raises(UsageError, match=r"^batch_size: expected at least 2 for training on images of 4x4"):
         raise report.error
+
+
+def test_predictions_are_kept_after_the_epochs_that_a_study_names(make_objective, study_file, tmp_path):
+    trained = make_objective(replace(study_file, n_epochs=6, predictions_after=(1, 6)))
+    trained.admit(0, PARAMS | {"learning_rate": 3e-2})
+    for _ in trained.epochs():
+        trained.store_prediction(0)
+    folder = tmp_path / "artifacts/study/0"
+    first, last = (folder / f"predictions_after_{epoch}.png" for epoch in (1, 6))
+    assert sorted(path.name for path in folder.iterdir()) == [first.name, last.name]
+    assert first.read_bytes().startswith(b"\x89PNG")
+    assert first.read_bytes() != last.read_bytes(), "the test needs a network that changes its mind"
+
+
+def test_of_a_recalibrated_network_the_prediction_is_that_which_is_scored(make_objective, study_file, tmp_path):
+    file = replace(study_file, n_epochs=1, predictions_after=(1,))
+    trained = make_objective(file)
+    train(trained, params=PARAMS | {"X": 300.0, "recalibrate": True})
+    before = {name: value.clone() for name, value in trained.trial(0).members[0].network.state_dict().items()}
+    trained.store_prediction(0)
+    assert all(
+        torch.equal(value, before[name]) for name, value in trained.trial(0).members[0].network.state_dict().items()
+    )
+    trained.finish(0)
+    folder = tmp_path / "artifacts/study/0"
+    assert (folder / "predictions_after_1.png").read_bytes() == (folder / "predictions.png").read_bytes()
+
+
+def test_the_feedback_unet_shows_what_its_first_layer_makes_of_the_second_round(make_objective, study_file, tmp_path):
+    params = {"image_size": 32, "base_channels": 4, "depth": 2, "batch_size": 4}
+    file = replace(
+        study_file,
+        network="feedback_unet",
+        loss="feedback_cross_entropy",
+        space=parse_space(params, where="s"),
+        n_epochs=1,
+    )
+    trained = make_objective(file)
+    train(trained, params=params)
+    network = trained.trial(0).members[0].network
+    trained.finish(0)
+    with np.load(tmp_path / "artifacts/study/0/inspected.npz", allow_pickle=False) as stored:
+        cases, sums = stored["cases"].tolist(), stored["second_round_sums"]
+    assert (cases, sums.shape) == (["case10", "case11"], (2, 32, 32))
+    images = trained.trial(0).members[0].data.test.images
+    first_layer, calls = network.encoder[0][0], []
+    with first_layer.register_forward_hook(lambda *each: calls.append(each[-1])), torch.no_grad():
+        network.eval()(images)
+    assert len(calls) == 2, "a round each"
+    np.testing.assert_allclose(sums, calls[1].sum(dim=1).numpy(), rtol=1e-6)
+    assert not np.allclose(sums, calls[0].sum(dim=1).numpy())

@@ -13,6 +13,8 @@ from frem_search.segmentation.output import Output
 def feedback_cross_entropy(output: Output, batch: Batch, coefficients: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """Return ``lambda * first + second``: class-weighted cross entropies of the auxiliary and of the final logits.
 
+    In test there are only the final ones.
+
     Source: "Feedback U-net for Cell Image Segmentation", section 3.2, eq. 1-2; class weights: section 4.2.
     Differs: the sums of eq. 1 are means over all pixels, which scales both rounds alike; class weights are those of
         `weighted_cross_entropy`.
@@ -23,5 +25,6 @@ def feedback_cross_entropy(output: Output, batch: Batch, coefficients: Mapping[s
     >>> round(feedback_cross_entropy(output, batch, {"lambda": torch.tensor(0.5)}).item(), 4)  # 1.5 * log(2)
     1.0397
     """
-    assert output.auxiliary is not None, "parameters.check lets only networks with an auxiliary output through"
+    if output.auxiliary is None:
+        return balanced(output.logits, batch)
     return coefficients["lambda"] * balanced(output.auxiliary, batch) + balanced(output.logits, batch)  # eq. 2

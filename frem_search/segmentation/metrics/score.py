@@ -12,7 +12,9 @@ class Score(NamedTuple):
     Args:
         value: The number that a study searches for.
         per_class: The same for each class, NaN where a class has none.
+        loss: The loss of the same images, where it was asked for.
     """
 
     value: Float[Tensor, ""]
     per_class: Float[Tensor, " k"]
+    loss: Float[Tensor, ""] | None = None

@@ -107,6 +107,22 @@ class FeedbackUNet(nn.Module):
         auxiliary = first[:, :, :height, :width] if self.training else None
         return Output(second[:, :, :height, :width], auxiliary)
 
+    @torch.inference_mode()
+    def inspect(self, x: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b h w"]]:
+        """Return what is worth to be seen beside a prediction: the sum of the first layer's maps in the second round.
+
+        Source: "Feedback U-net for Cell Image Segmentation", Fig. 8.
+        """
+        seen: list[Tensor] = []
+        first_layer = next(self.encoder[0].children())
+        watch = first_layer.register_forward_hook(lambda _layer, _inputs, maps: seen.append(maps))
+        try:
+            self(x)
+        finally:
+            watch.remove()
+        height, width = x.shape[2:]
+        return {"second_round_sums": seen[-1].sum(dim=1)[:, :height, :width]}
+
     def _run(self, x: Float[Tensor, "b c h w"], memory: Memory, *, round_: int) -> Float[Tensor, "b k h w"]:
         """Return the logits of a round and replace what is remembered."""
         encoder, decoder = (

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from frem_search.segmentation.batch import Batch
-from frem_search.segmentation.inference import predict
+from frem_search.segmentation.inference import predict_with_loss
 from frem_search.segmentation.metrics import METRICS, Score
 from frem_search.segmentation.output import Features
-from frem_search.training.epoch import end_epoch, loss_weights, step
+from frem_search.training.epoch import Trained, end_epoch, step
 from frem_search.training.member import EpochReport, Member
 
 if TYPE_CHECKING:
@@ -30,18 +30,13 @@ def train_epoch_graphed(cohort: "Cohort", graphs: Sequence["Graphed"]) -> list[E
             if i < graph.n_steps:
                 graph.step()
     results = [graph.end() for graph in graphs]
-    return [
-        _report(cohort, graph, loss, features, started=started)
-        for graph, (loss, features) in zip(graphs, results, strict=True)
-    ]
+    return [_report(cohort, graph, trained, started=started) for graph, trained in zip(graphs, results, strict=True)]
 
 
-def _report(
-    cohort: "Cohort", graph: "Graphed", loss: Tensor, features: Features | None, *, started: float
-) -> EpochReport:
+def _report(cohort: "Cohort", graph: "Graphed", trained: Trained, *, started: float) -> EpochReport:
     """Wait for a member's stream alone and end its epoch; what its metric raises on the CPU ends that member."""
     try:
-        return end_epoch(graph.member, train_loss=loss.item(), features=features, score=graph.score(), started=started)
+        return end_epoch(graph.member, trained=trained, score=graph.score(), started=started)
     except Exception as error:  # noqa: BLE001 whatever the code of a metric raises
         return cohort.ended(graph.member, error)
 
@@ -61,12 +56,12 @@ class Graphed:
         device = member.data.device
         self._epoch = cohort.begin_epoch(member)  # what the graph reads; the next epochs are copied into it
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._coefficients = loss_weights(member)
-        self._total = torch.zeros((), device=device)
-        self._sums: list[Tensor] = []
+        self._criterion = cohort.criterion(member)
+        self._sums: list[Tensor] = []  # of loss, counts and magnitudes over the steps of the epoch
         self._metric = METRICS[cohort.metric]
         self._score: Score
         self._pred: Tensor
+        self._loss: Tensor | None
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         before = _state(member)
@@ -87,7 +82,7 @@ class Graphed:
         """Take the batches of an epoch, and let the stream wait for them."""
         for held, new in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
             held.copy_(new)
-        for each in (self._position, self._total, *self._sums):
+        for each in (self._position, *self._sums):
             each.zero_()
         self._stream.wait_stream(torch.cuda.current_stream(self.member.data.device))
 
@@ -95,35 +90,31 @@ class Graphed:
         """Train on the next batch, not waiting for the device."""
         self._replay_step(self._stream)
 
-    def end(self) -> tuple[Tensor, Features | None]:
-        """Validate; return mean loss and mean feature magnitudes, for the caller's stream to read."""
+    def end(self) -> Trained:
+        """Validate; return what the steps showed, for the caller's stream to read."""
         self._replay_validation(self._stream)
         torch.cuda.current_stream(self.member.data.device).wait_stream(self._stream)
-        features = Features(*(each / self.n_steps for each in self._sums)) if self._sums else None
-        return self._total / self.n_steps, features
+        loss, counts, *features = self._sums
+        means = Features(*(each / self.n_steps for each in features)) if features else None
+        return Trained(loss / self.n_steps, counts.clone(), means)
 
     def score(self) -> Score:
         """Return the score of the last validation, for the caller's stream to read."""
         if self._metric.on_device:
             return self._score
         data = self.member.data
-        return self._metric.function(self._pred, data.val.labels, n_classes=data.n_classes)
+        score = self._metric.function(self._pred, data.val.labels, n_classes=data.n_classes)
+        return score._replace(loss=self._loss)
 
     def _step(self) -> None:
         batch = self._epoch.step_at(self._position)
         # Round to the first again: the warm-up makes more steps than an epoch of a single batch has.
         self._position.add_(1).remainder_(self.n_steps)
-        loss, features = step(
-            self.member, batch, self._coefficients, loss=self._cohort.loss, precision=self._cohort.precision
-        )
-        self._total += loss
-        for held, value in zip(self._sums_like(features), features or (), strict=True):
+        loss, counts, features = step(self.member, batch, loss=self._cohort.loss, precision=self._cohort.precision)
+        values = [loss, counts, *(features or ())]
+        self._sums = self._sums or [torch.zeros_like(value) for value in values]  # in the first step of the warm-up
+        for held, value in zip(self._sums, values, strict=True):
             held += value
-
-    def _sums_like(self, features: Features | None) -> list[Tensor]:
-        if features is not None and not self._sums:  # in the first step of the warm-up
-            self._sums = [torch.zeros_like(value) for value in features]
-        return self._sums
 
     def _validate(self) -> None:
         if self._metric.on_device:
@@ -131,12 +122,13 @@ class Graphed:
             return
         member = self.member
         member.prepare_score(precision=self._cohort.precision)
-        self._pred = predict(
+        self._pred, self._loss = predict_with_loss(
             member.network,
             member.data.val.images,
             precision=self._cohort.precision,
             takes=self._metric.takes,
             tiles=member.tiles,
+            criterion=self._criterion,
         )
 
 

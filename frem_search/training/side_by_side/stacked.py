@@ -14,7 +14,7 @@ from frem_search.segmentation.output import Features
 from frem_search.system.device import is_of_device
 from frem_search.training.batches import prepare_stacked
 from frem_search.training.cohort import Cohort
-from frem_search.training.epoch import end_epoch
+from frem_search.training.epoch import Trained, count, end_epoch
 from frem_search.training.member import EpochReport, Member
 from frem_search.training.side_by_side.stacked_adam import StackedAdam, stack, unstack
 from frem_search.training.side_by_side.stacked_kernels import SideBySide
@@ -33,18 +33,16 @@ def train_epoch_stacked(cohort: Cohort, members: Sequence[Member]) -> list[Epoch
     started = time.perf_counter()
     try:
         epoch = begin_epoch_stacked(cohort, members)
-        losses, features = train_stacked(members, epoch, loss=cohort.loss, precision=cohort.precision)
+        results = train_stacked(members, epoch, loss=cohort.loss, precision=cohort.precision)
     except Exception as error:
         if is_of_device(error):
             raise
         # They are as they were before. Whose fault it is shows when each is by itself.
         return [cohort.train_epoch(member) for member in members]
     reports = []
-    for slot, (member, loss) in enumerate(zip(members, losses.tolist(), strict=True)):
-        own = None if features is None else Features(*(magnitude[slot] for magnitude in features))
+    for member, trained in zip(members, results, strict=True):
         try:
-            score = cohort.validate(member)
-            reports.append(end_epoch(member, train_loss=loss, features=own, score=score, started=started))
+            reports.append(end_epoch(member, trained=trained, score=cohort.validate(member), started=started))
         except Exception as error:  # noqa: BLE001
             reports.append(cohort.ended(member, error))
     return reports
@@ -61,8 +59,8 @@ def train_stacked(
     *,
     loss: Loss,
     precision: str,
-) -> tuple[Tensor, Features | None]:
-    """Run the steps of one epoch of all members without waiting for the device.
+) -> list[Trained]:
+    """Run the steps of one epoch of all members without waiting for the device; return what each one's showed.
 
     The members are stacked at the beginning and written back at the end: until then they are as they were, whatever
     goes wrong. No number of one member reaches another.
@@ -72,26 +70,27 @@ def train_stacked(
         epoch: Their batches: (steps, b, ...) if they are the same for all, else (steps, members, b, ...).
         loss: A value of `LOSSES`.
         precision: `fp32` or `bf16`.
-
-    Returns:
-        Mean loss and mean feature magnitudes, the members along the first dimension.
     """
     params, buffers = _stacked_state(members)
     optimizer = StackedAdam(members, list(params.values()))
     step_all = _step_all(members, loss=loss, device=members[0].data.device, precision=precision)
     seen = []
     for i in range(epoch.n_steps):
-        losses, *features = step_all(params, buffers, epoch.step(i))
+        losses, *others = step_all(params, buffers, epoch.step(i))
         # The sum, so that a member's gradient is its own loss's; that of a sum is 1 even if another loss is no number.
         losses.sum().backward()
         optimizer.step()
-        seen.append((losses.detach(), *features))
+        seen.append((losses.detach(), *others))
     optimizer.write_back()
     own = [dict(member.network.named_parameters()) | dict(member.network.named_buffers()) for member in members]
     stacked = params | buffers
     unstack(stacked.values(), [[state[name] for state in own] for name in stacked])
-    mean_loss, *magnitudes = (torch.stack(steps).mean(dim=0) for steps in zip(*seen, strict=True))
-    return mean_loss, Features(*magnitudes) if magnitudes else None
+    return [Trained.over([_of_slot(step, slot) for step in seen]) for slot in range(len(members))]
+
+
+def _of_slot(step: Sequence[Tensor], slot: int) -> Trained:
+    loss, counts, *features = (each[slot] for each in step)
+    return Trained(loss, counts, Features(*features) if features else None)
 
 
 def _stacked_state(members: Sequence[Member]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -115,7 +114,7 @@ def _step_all(
     device: torch.device,
     precision: str,
 ) -> Callable[[dict[str, Tensor], dict[str, Tensor], Batch], tuple[Tensor, ...]]:
-    """Return a function of stacked parameters and buffers and a batch: all losses and feature magnitudes."""
+    """Return a function of stacked parameters and buffers and a batch: all losses, counts and feature magnitudes."""
     network = members[0].network.train()
     coefficients = {
         name: torch.tensor([member.coefficients[name] for member in members], device=device)
@@ -124,7 +123,7 @@ def _step_all(
 
     def step_one(state: tuple[dict[str, Tensor], ...], weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, ...]:
         output = functional_call(network, state, (batch.image,))
-        return loss.function(output, batch, weights), *(output.features or ())
+        return loss.function(output, batch, weights), count(output, batch), *(output.features or ())
 
     def step_all(params: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch) -> tuple[Tensor, ...]:
         # Images of four dimensions are the same for all.

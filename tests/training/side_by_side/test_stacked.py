@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frem_search.data.augmentation.turns import Augmentation
 from frem_search.segmentation.losses import LOSSES
 from frem_search.segmentation.networks import build_network
+from frem_search.segmentation.output import Features
 from frem_search.training import batches as batches_module
 from frem_search.training.batches import EpochPlan, prepare_epoch
 from frem_search.training.checkpoint import dump_checkpoint, load_checkpoint
@@ -89,11 +90,11 @@ def train_side_by_side(members, *, n_epochs=1, precision="fp32"):
     losses, features = [], []
     for _ in range(n_epochs):
         epoch = begin_epoch_stacked(make_cohort(), members)
-        loss, magnitudes = train_stacked(members, epoch, loss=LOSS, precision=precision)
+        results = train_stacked(members, epoch, loss=LOSS, precision=precision)
         for member in members:
             member.epoch += 1
-        losses.append(loss)
-        features.append(magnitudes)
+        losses.append(torch.stack([trained.loss for trained in results]))
+        features.append(Features(*(torch.stack(each) for each in zip(*(t.features for t in results), strict=True))))
     return torch.stack(losses), features
 
 
