@@ -63,7 +63,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 }
 STAGES: dict[str, dict[str, Any]] = {
     "screen": {
-        "readings": list(READINGS), "conditions": ["baseline", "few", "many", "fixed"], "seeds": [1, 2],
+        "readings": list(READINGS), "conditions": ["baseline", "many", "fixed"], "seeds": [1, 2],
         "n_epochs": 40, "folds": [0],
     },
 }  # fmt: skip
