@@ -4,8 +4,8 @@
     python benchmarks/frem_readings.py table --stage screen
 
 Each training is a line of JSON in benchmarks/results/frem_readings.jsonl, so that a run that was interrupted goes on.
-`--part k/n` leaves the other trainings to n - 1 other processes. The dataset `drosophila` must be prepared
-(`frem-search data prepare drosophila FOLDER`). docs/frem.md says what is measured and why.
+`--part k/n` leaves the other trainings to n - 1 other processes. Stages but `generated` need the prepared dataset
+`drosophila` (`frem-search data prepare drosophila FOLDER`). docs/frem.md says what is measured and why.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from frem_search.training.member import Member
 from frem_search.training.objective import Objective
 
 RESULTS = Path(__file__).parent / "results" / "frem_readings.jsonl"
-COMMON = {"image_size": 64, "base_channels": 8, "depth": 2, "batch_size": 8, "learning_rate": 0.01}
+COMMON = {"image_size": 64, "base_channels": 8, "depth": 2, "learning_rate": 0.01}
+BATCH_SIZES = {"drosophila": 8, "mouse_synthetic": 4}  # as the quick studies have them
 
 # Parameters of the network by reading. R1 to R5 are the issue's names; what they leave open is in docs/frem.md.
 READINGS: dict[str, dict[str, Any]] = {
@@ -66,6 +67,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "readings": list(READINGS), "conditions": ["baseline", "many", "fixed"], "seeds": [1, 2],
         "n_epochs": 40, "folds": [0],
     },
+    "generated": {
+        "dataset": "mouse_synthetic", "readings": list(READINGS), "conditions": ["baseline", "many", "fixed"],
+        "seeds": [1, 2, 3], "n_epochs": 25, "folds": [0],
+    },
 }  # fmt: skip
 
 
@@ -93,6 +98,7 @@ def read_rows() -> list[dict[str, Any]]:
 def train(training: dict[str, Any]) -> dict[str, Any]:
     """Train one network and return what the table needs of it."""
     params = COMMON | READINGS[training["reading"]] | CONDITIONS[training["condition"]] | {"seed": training["seed"]}
+    params |= {"batch_size": BATCH_SIZES[training["dataset"]]}
     base = load_study_file(f"{training['dataset'].partition('_')[0]}_frem", quick=True, dataset=training["dataset"])
     study = replace(
         base,
@@ -298,7 +304,11 @@ def table(stage: str) -> None:
             condition: float(np.mean([_use(row) for row in own if row["condition"] == condition]))
             for condition in dict.fromkeys(row["condition"] for row in own)
         }
-        acts = {row["condition"]: row["effect"] for row in own if row["effect"] is not None}
+        acts = {
+            condition: float(np.mean(effects))
+            for condition in use
+            if (effects := [r["effect"] for r in own if r["condition"] == condition and r["effect"] is not None])
+        }
         seconds = sum(row["seconds"] for row in own)
         print(f"\n{reading} ({len(own)} trainings, {seconds / 60:.0f} min)")
         for condition in use:
