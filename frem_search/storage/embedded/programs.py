@@ -55,7 +55,8 @@ def _copied(folder: Path, account: Account) -> Path:
     copied = target / package.name / folder.relative_to(package)
     try:
         if not COPIES.exists():
-            COPIES.mkdir(0o755, parents=True, exist_ok=True)  # never open, whatever the umask
+            for made in (COPIES.parent, COPIES):
+                made.mkdir(0o755, parents=True, exist_ok=True)  # never open, whatever the umask
             COPIES.chmod(0o755)  # a narrow umask would keep the database's user out
         _check_keeper(account)
         if not target.exists():

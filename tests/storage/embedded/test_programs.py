@@ -87,11 +87,15 @@ def test_nobody_else_gets_at_a_copy_that_is_not_finished(home, closed_wheel, mon
 
 
 @as_root
-def test_the_folder_of_copies_is_never_open_to_others(home, closed_wheel, monkeypatch):
+@pytest.mark.usefixtures("closed_wheel")
+def test_the_folder_of_copies_is_never_open_to_others(home, monkeypatch):
+    """Nor is the folder above, where others could put another in its place."""
+    copies = home / "var" / "cache"
+    monkeypatch.setattr(programs, "COPIES", copies)
     made, chmod = [], Path.chmod
 
     def change(path, mode):
-        if path == closed_wheel:
+        if path == copies:
             made.append(stat.S_IMODE(path.stat().st_mode))
         chmod(path, mode)
 
@@ -102,6 +106,7 @@ def test_the_folder_of_copies_is_never_open_to_others(home, closed_wheel, monkey
     finally:
         os.umask(before)
     assert made == [0o755]
+    assert stat.S_IMODE(copies.parent.stat().st_mode) == 0o755
 
 
 @as_root
