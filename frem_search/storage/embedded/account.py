@@ -13,7 +13,7 @@ from frem_search.errors import StorageError
 from frem_search.storage.embedded.place import holds_database
 
 SYSTEM_USER = "pgserver"
-# Nothing else of our environment: PG* would change what the server does, and a password would lie open to its user.
+# The server gets no other variables of ours: PG* would change what it does, and its user could read our passwords.
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "TZ")
 
 
@@ -68,11 +68,22 @@ class Account:
         return (status.st_mode >> shift) & bits == bits
 
 
+def behind_links(data: Path) -> Path:
+    """Return the folder that the path of a data folder leads to, so that all who come there have one lock.
+
+    Raises:
+        StorageError: Root would follow a link that others could have put there.
+    """
+    if os.geteuid() == 0 and data.is_symlink():
+        _check_roots_own(data)
+    return data.resolve()
+
+
 def account_for(data: Path) -> Account:
     """Return who runs the server of a data folder: whoever owns it; for root, a user of its own where there is none.
 
     Raises:
-        StorageError: The folder belongs to somebody else, or root has no other user.
+        StorageError: The folder belongs to somebody else, or others could have put it there, or root has no other user.
     """
     status = data.stat() if data.exists() else None
     if os.geteuid() != 0:
@@ -80,6 +91,8 @@ def account_for(data: Path) -> Account:
             raise StorageError(_not_ours(data, status.st_uid, "belongs to"))
         return Account(os.geteuid(), os.getegid())
     if status is None or status.st_uid == 0:
+        if status is not None:
+            _check_roots_own(data)
         user = _system_user()
         if holds_database(data):
             message = (
@@ -93,9 +106,21 @@ def account_for(data: Path) -> Account:
     return Account(status.st_uid, status.st_gid)
 
 
+def _check_roots_own(path: Path) -> None:
+    # Root's server takes root's folder for its own, wherever a link leads: nobody else may choose which one that is.
+    status, parent = path.lstat(), path.parent.stat()
+    if status.st_uid != 0 or not _is_trusted(parent, 0):
+        message = (
+            f"{path}: expected a folder or link of root in a folder that root alone may change, but got one of user "
+            f"{status.st_uid} in a folder of user {parent.st_uid} with mode {parent.st_mode & 0o7777:o}. Set "
+            "FREM_SEARCH_HOME to a folder that root alone may change."
+        )
+        raise StorageError(message)
+
+
 def _is_trusted(parent: os.stat_result, owner: int) -> bool:
-    # Data of any owner, since a container made anew may give our user another number. But where others may write, they
-    # could have put a database of their own there for root to fill.
+    # The data may have any owner, since our user may have another number in a container that was made anew. But where
+    # others may write, they could have put a database of their own there, for root to fill.
     is_open = bool(parent.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
     return owner == _uid_of_system_user() or (parent.st_uid in (0, owner) and not is_open)
 

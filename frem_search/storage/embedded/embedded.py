@@ -5,9 +5,11 @@ import fcntl
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +17,7 @@ import sqlalchemy as sa
 
 from frem_search.errors import StorageError
 from frem_search.storage.embedded import place, server, sockets
-from frem_search.storage.embedded.account import Account, account_for
+from frem_search.storage.embedded.account import Account, account_for, behind_links
 from frem_search.storage.embedded.server import Postmaster, StartError, StartTimeoutError
 from frem_search.system.home import home
 from frem_search.system.signals import signals_held_back, signals_ignored
@@ -24,6 +26,7 @@ DEATH_TIMEOUT_S = 2.0
 LITTLE_SPACE_MB = 100  # a new database takes 40 MB
 NO_SPACE = re.compile("No space left on device|Disk quota exceeded")
 NO_NAME = "could not look up effective user ID"  # initdb's words
+OPEN = "has invalid permissions"  # postgres's words of a data folder that others may enter
 
 
 @contextmanager
@@ -34,8 +37,8 @@ def embedded_postgres() -> Iterator[sa.URL]:
         StorageError: The server cannot be started.
     """
     try:
-        if rivals := place.undecided():
-            place.decide(_choose(rivals))
+        if place.undecided():
+            _decide()
         data = place.folder()
     except OSError as error:
         raise StorageError(_not_written(home(), error)) from None
@@ -53,7 +56,7 @@ def serve(data: Path) -> Iterator[sa.URL]:
     Raises:
         StorageError: The server cannot be started.
     """
-    account, users, turn = _open(data)
+    data, account, users, turn = _open(data)
     with users, turn:
         running = None
         try:
@@ -73,8 +76,9 @@ def serve(data: Path) -> Iterator[sa.URL]:
                         _stop(running, account)
 
 
-def _open(data: Path) -> tuple[Account, IO[str], IO[str]]:
-    """Return who runs the server, and two files whose locks say who uses it, and who may start or stop it now."""
+def _open(path: Path) -> tuple[Path, Account, IO[str], IO[str]]:
+    """Return data folder, who runs its server, and files whose locks say who uses it, and who may start or stop it."""
+    data = behind_links(path)
     if "\n" in str(data):
         message = f"{data}: a database's path cannot have line breaks. Set FREM_SEARCH_HOME to another folder."
         raise StorageError(message)
@@ -83,32 +87,45 @@ def _open(data: Path) -> tuple[Account, IO[str], IO[str]]:
         if data.exists() and not data.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{data.name} is not a folder")
         account = account_for(data)
-        users, turn = (_open_lock(data.with_name(f"{data.name}.{name}")) for name in ("users", "lock"))
+        with ExitStack() as opened:
+            locks = (_open_lock(data.with_name(f"{data.name}.{name}")) for name in ("users", "lock"))
+            users, turn = (opened.enter_context(lock) for lock in locks)
+            opened.pop_all()
     except OSError as error:
-        raise StorageError(_not_written(data.parent, error)) from None
-    return account, users, turn
+        is_link = data != path.parent.resolve() / path.name
+        raise StorageError(_not_written(data.parent, error, link=path if is_link else None)) from None
+    return data, account, users, turn
 
 
-def _not_written(folder: Path, error: OSError) -> str:
-    return f"{folder}: cannot be written: {error.strerror}. Set FREM_SEARCH_HOME to a folder of yours."
+def _not_written(folder: Path, error: OSError, *, link: Path | None = None) -> str:
+    remedy = f"Let the link {link} lead into" if link else "Set FREM_SEARCH_HOME to"
+    return f"{folder}: cannot be written: {error.strerror}. {remedy} a folder of yours."
 
 
 def _open_lock(path: Path) -> IO[str]:
-    # Closed to others, who could hold the lock for ever. Root leaves it to the home's owner.
+    # Others may not open the file: whoever can may hold the lock for ever. Root gives it to the home's owner.
+    folder = path.parent.stat()
     try:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         if os.geteuid() == 0:
-            folder = path.parent.stat()
             os.fchown(opened, folder.st_uid, folder.st_gid)
     except FileExistsError:
         opened = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        if os.fstat(opened).st_nlink == 1:  # nobody's file by another name
+        status = os.fstat(opened)
+        if status.st_uid not in (0, os.geteuid(), folder.st_uid):
+            os.close(opened)
+            message = (
+                f"{path}: expected a file of this user, of root or of user {folder.st_uid}, whose folder it lies in, "
+                f"but got one of user {status.st_uid}, who could hold its lock for ever. Remove it, or set "
+                "FREM_SEARCH_HOME to a folder that nobody else may change."
+            )
+            raise StorageError(message) from None
+        if status.st_nlink == 1:  # a hard link may be another user's file, so its mode stays
             os.fchmod(opened, 0o600)
     return os.fdopen(opened, "r+")
 
 
 def _start(data: Path, account: Account, users: IO[str]) -> Postmaster:
-    data = data.resolve()
     try:
         return _join(data, account, users) or _begin(data, account, users)
     except (OSError, StartError) as error:
@@ -130,9 +147,13 @@ def _join(data: Path, account: Account, users: IO[str]) -> Postmaster | None:
         return running
     # Earlier versions let every user of the machine reach a socket that did not fit into the data folder.
     if not _is_last(users):
+        socket = sockets.socket_in(running.socket_folder, running.port)
+        why = (
+            "other users of this machine can reach or replace this socket" if socket.exists() else "the socket is gone"
+        )
         message = (
-            f"{running.socket_folder}: other users of this machine can reach the database that listens here. End the "
-            "commands that use it, so that it can be started anew."
+            f"{socket}: a server runs on {data}, but {why}. End the commands that use it, so that it can be started "
+            "anew."
         )
         raise StorageError(message)
     _stop(running, account)
@@ -175,13 +196,16 @@ def _remedy(error: Exception, data: Path, account: Account) -> str:
     if is_full or shutil.disk_usage(data.parent).free < LITTLE_SPACE_MB * 2**20:
         return "Free disk space."
     own_server = "use a server of your own with --storage."
-    if number in (errno.EPERM, errno.EINVAL) and not account.is_ours:  # no such number in this user namespace, or disk
+    # A user namespace may lack that user's number; a network disk may refuse to change owners.
+    if number in (errno.EPERM, errno.EINVAL) and not account.is_ours:
         return (
             f"Root may not act as user {account.uid} here, or give files to it. Run frem-search as another user, set "
             f"FREM_SEARCH_HOME to a folder on a local disk, or {own_server}"
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Set FREM_SEARCH_HOME to a folder of yours."
+    if OPEN in str(error):
+        return f"Close it to other users: chmod 700 {shlex.quote(str(data))}"
     if NO_NAME in str(error):
         return f"Give user {account.uid} a name in /etc/passwd, or {own_server}"
     look = f"See {data / 'log'}, or" if (data / "log").exists() else "Mend that, or"
@@ -190,30 +214,48 @@ def _remedy(error: Exception, data: Path, account: Account) -> str:
     return f"{look} {own_server}"
 
 
+def _decide() -> None:
+    """Remember which database is this home's; of commands that start at once, one decides for all."""
+    home().mkdir(parents=True, exist_ok=True)
+    with _open_lock(place.file().with_name(f"{place.file().name}.lock")) as lock, _locked(lock):
+        if rivals := place.undecided():
+            place.decide(_choose(rivals))
+
+
 def _choose(rivals: list[Path]) -> Path:
     """Return the database of this home among those of earlier versions: one with studies, of several the last used."""
     if len(rivals) == 1:
         return rivals[0]
-    last_used = {data: (data / "global" / "pg_control").stat().st_mtime for data in rivals}
-    n_studies = {data: _n_studies(data) for data in rivals}
-    chosen = max(rivals, key=lambda data: (n_studies[data] > 0, n_studies[data] > 0 and last_used[data]))
+    try:
+        uses = {data: _use(data) for data in rivals}
+    except StorageError as error:
+        message = (
+            f"{error} It was started because this home has two databases, {rivals[0]} and {rivals[1]}, and the one "
+            f"with studies is looked for. To choose one yourself, write {place.NAME} into {place.file()} for the "
+            f"first, or {rivals[1]} for the second."
+        )
+        raise StorageError(message) from None
+    chosen = max(rivals, key=lambda data: (uses[data][0] > 0, uses[data][1]))
     for other in rivals:
         if other != chosen:
             logging.getLogger(__name__).warning(
                 "%s is the database of this home, with %d studies; %s, with %d, is another one of an earlier version "
                 "and is left alone.",
-                chosen, n_studies[chosen], other, n_studies[other],
+                chosen, uses[chosen][0], other, uses[other][0],
             )  # fmt: skip
     return chosen
 
 
-def _n_studies(data: Path) -> int:
+def _use(data: Path) -> tuple[int, datetime]:
+    """Return how many studies a database has, and when its last trial began: to look at it changes its files' times."""
     with serve(data) as url:
         engine = sa.create_engine(url, poolclass=sa.NullPool)
         with engine.connect() as connection:
             if connection.scalar(sa.text("SELECT to_regclass('studies')")) is None:
-                return 0
-            return int(connection.scalar(sa.text("SELECT count(*) FROM studies")) or 0)
+                return 0, datetime.min
+            n_studies = connection.scalar(sa.text("SELECT count(*) FROM studies"))
+            began = connection.scalar(sa.text("SELECT max(datetime_start) FROM trials"))
+            return int(n_studies or 0), began or datetime.min
 
 
 def _is_last(users: IO[str]) -> bool:

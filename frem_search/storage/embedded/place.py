@@ -1,4 +1,7 @@
-"""Where the data lie: in FREM_SEARCH_HOME, or where an earlier version put them for root; decided once, remembered."""
+"""Where the data lie: in FREM_SEARCH_HOME, or where an earlier version put them for root.
+
+A home for which a database of an earlier version was found remembers the choice in its file `postgres.place`.
+"""
 
 import hashlib
 import os
@@ -20,18 +23,25 @@ def folder() -> Path:
     Raises:
         StorageError: What was decided cannot be read, or is not there.
     """
-    return _remembered() or next(iter(_databases()), home() / NAME)
+    place = remembered()
+    if place is not None and place != home() / NAME and not place.exists():
+        message = (
+            f"{file()}: this home's database lies in {place}, and that is not there. Bring it back, or remove this "
+            "file to begin an empty one."
+        )
+        raise StorageError(message)
+    return place or next(iter(_databases()), home() / NAME)
 
 
 def undecided() -> list[Path]:
     """Return the databases to choose from: none if that was done, or if this home's own folder is the only one."""
-    found = [] if _file().exists() else _databases()
+    found = [] if file().exists() else _databases()
     return [] if found == [home() / NAME] else found
 
 
 def decide(data: Path) -> None:
     """Remember the data folder of this home, whatever becomes of the home's path."""
-    write_atomically(_file(), f"{NAME if data == home() / NAME else data}\n".encode())
+    write_atomically(file(), f"{NAME if data == home() / NAME else data}\n".encode())
 
 
 def holds_database(data: Path) -> bool:
@@ -42,7 +52,8 @@ def holds_database(data: Path) -> bool:
         return False
 
 
-def _file() -> Path:
+def file() -> Path:
+    """Return the file that remembers a choice; whoever writes into it chooses."""
     return home() / "postgres.place"
 
 
@@ -55,12 +66,18 @@ def _databases() -> list[Path]:
 
 def earlier_place() -> Path:
     """Return where an earlier version would have put this home's data for root."""
-    return EARLIER / f"{NAME}-{hashlib.sha256(str(home() / NAME).encode()).hexdigest()[:12]}"
+    path = str(home() / NAME).encode(errors="surrogateescape")
+    return EARLIER / f"{NAME}-{hashlib.sha256(path).hexdigest()[:12]}"
 
 
-def _remembered() -> Path | None:
+def remembered() -> Path | None:
+    """Return the data folder that was decided for, which may be gone; None if nothing was.
+
+    Raises:
+        StorageError: The file names no such folder.
+    """
     try:
-        text = _file().read_text(encoding="utf-8").strip()
+        text = file().read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
     if text == NAME:
@@ -68,14 +85,8 @@ def _remembered() -> Path | None:
     place = Path(text)
     if place.parent != EARLIER or not re.fullmatch(rf"{NAME}-[0-9a-f]{{12}}", place.name):
         message = (
-            f"{_file()}: expected {NAME}, or the path of a database in {EARLIER}, but got {text[:200]!r}. Remove this "
+            f"{file()}: expected {NAME}, or the path of a database in {EARLIER}, but got {text[:200]!r}. Remove this "
             "file, and the database is looked for."
-        )
-        raise StorageError(message)
-    if not place.exists():
-        message = (
-            f"{_file()}: this home's database lies in {place}, and that is not there. Bring it back, or remove this "
-            "file to begin an empty one."
         )
         raise StorageError(message)
     return place

@@ -55,11 +55,13 @@ def _copied(folder: Path, account: Account) -> Path:
     copied = target / package.name / folder.relative_to(package)
     try:
         if not COPIES.exists():
-            COPIES.mkdir(parents=True, exist_ok=True)
-            COPIES.chmod(0o755)  # whatever the umask: that is what it is for
+            for made in (COPIES.parent, COPIES):
+                made.mkdir(0o755, parents=True, exist_ok=True)  # never open, whatever the umask
+            COPIES.chmod(0o755)  # a narrow umask would keep the database's user out
         _check_keeper(account)
         if not target.exists():
-            with (COPIES / "lock").open("a") as lock:
+            with os.fdopen(os.open(COPIES / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+                os.fchmod(lock.fileno(), 0o600)  # earlier versions let every user open it, and hold it for ever
                 fcntl.flock(lock, fcntl.LOCK_EX)  # commands that start at once copy once
                 _copy(package, target)
     except OSError as error:
@@ -86,10 +88,11 @@ def _copy(package: Path, target: Path) -> None:
         return
     begun = COPIES / ".begun"  # under the lock: what lies here is of a copy that was killed
     shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(0o700)  # what is copied may be open to others at first, as the umask and the wheel have it
     for part in (f"{package.name}/pginstall{MAJOR}", f"{package.name}.libs"):
         source = package.parent / part
         if source.exists():
             shutil.copytree(source, begun / part, ignore=NEEDLESS)
-    for path in (begun, *begun.rglob("*")):  # whatever the umask was when the wheel was installed
+    for path in (*begun.rglob("*"), begun):  # the folder around last; copytree has left no links
         path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
     begun.rename(target)

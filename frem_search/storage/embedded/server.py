@@ -24,9 +24,10 @@ ORPHANS_TIMEOUT_S = 20.0  # children of a killed server notice its death at once
 POLL_INTERVAL_S = 0.01
 COMPLAINT = re.compile(r"\b(error|FATAL|PANIC): +\S")
 WHEN = re.compile(r"^[\d-]+ [\d:.]+ \w+ \[\d+\] ")  # what a log's line begins with
-# The data folder, which the server enters before it becomes its user, who may not be able to pass the parents.
+# The data folder as its server sees it, which works in there: its user need not be able to enter the folders above, and
+# the server has its own socket still when the folder was moved and another lies at the old path.
 OWN_FOLDER = Path("/proc/self/cwd")
-# The shell ends at once: the server is nobody's child, and no zombie when it ends.
+# The shell ends at once, so that the server is not a child of this process, which would have to wait for its end.
 LAUNCH = 'umask 077; "$@" </dev/null >>log 2>&1 & echo $!'
 
 
@@ -74,7 +75,7 @@ def find_running(data: Path) -> Postmaster | None:
         return None
     lines += [""] * 8  # the server writes it line by line
     port = int(lines[3] or sockets.PORT)
-    # The path is the one of the start, and the folder may have been moved since.
+    # Without /proc the path is the one of the start, and the folder may have been moved since.
     is_inside = lines[4] in ("", str(OWN_FOLDER)) or sockets.socket_in(data, port).exists()
     return Postmaster(process, port, data if is_inside else Path(lines[4]), lines[7] == "ready")
 
@@ -85,15 +86,14 @@ def make_database(data: Path, account: Account) -> None:
     Raises:
         StartError: initdb failed.
     """
-    _end_leftovers(data)
     new = data if _must_keep(data) else _new_beside(data)
     _give(new, account)
     # Sorted by bytes, and not by a library of this machine: a home may go to another one.
     locale = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
     program = programs_for(account) / "initdb"
-    ended = account.run([program, "--auth=trust", *locale, "-U", "postgres", "-D", _seen(new, account)], cwd=new)
+    ended = account.run([program, "--auth=trust", *locale, "-U", "postgres", "-D", _seen(new)], cwd=new)
     if ended.returncode != 0:
-        raise StartError(_complaint(ended.stderr, otherwise=0) or f"initdb ended with status {ended.returncode}")
+        raise StartError(_complaint(ended.stderr, new, otherwise=0) or f"initdb ended with status {ended.returncode}")
     if new != data:
         new.rename(data)
         _sync(data.parent)
@@ -112,12 +112,14 @@ def start(data: Path, account: Account) -> Postmaster:
     length = log.stat().st_size if log.exists() else 0
     folder = sockets.choose_folder(data, account)
     launched = account.run(["/bin/sh", "-c", LAUNCH, "sh", *_command(data, account, folder)], cwd=data)
-    with suppress(ValueError, psutil.NoSuchProcess):
-        if running := wait_until_ready(data, psutil.Process(int(launched.stdout))):
-            return running
+    process = None
+    with suppress(ValueError, psutil.NoSuchProcess):  # the shell failed, or the server has ended
+        process = psutil.Process(int(launched.stdout))
+    if process is not None and (running := wait_until_ready(data, process)) is not None:
+        return running
     sockets.remove_folder(folder, account)
     said = log.read_bytes()[length:].decode(errors="replace") if log.exists() else ""
-    raise StartError(_complaint(said + launched.stderr, otherwise=-1) or "it ended at once and said nothing")
+    raise StartError(_complaint(said + launched.stderr, data, otherwise=-1) or "it ended at once and said nothing")
 
 
 def wait_until_ready(data: Path, process: psutil.Process) -> Postmaster | None:
@@ -186,7 +188,8 @@ def comes_true(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 def _pid_file(data: Path) -> list[str]:
     try:
-        return [line.strip() for line in (data / "postmaster.pid").read_text().splitlines()]
+        text = os.fsdecode((data / "postmaster.pid").read_bytes())  # paths need not be UTF-8
+        return [line.strip() for line in text.split("\n")]
     except FileNotFoundError:
         return []
 
@@ -206,33 +209,24 @@ def _processes_in(data: Path) -> list[int]:
     return [each.pid for each in found if each.info["name"] == "postgres" and _works_in(each, data)]
 
 
-def _end_leftovers(data: Path) -> None:
-    # Of a folder that was removed under its server, which would take the new one's socket along when it ends.
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "postgres" and str(data) in (process.info["cmdline"] or ()):
-            with suppress(OSError):
-                if Path(f"/proc/{process.pid}/cwd").stat().st_nlink == 0:
-                    stop(process)
-
-
 def _must_keep(data: Path) -> bool:
-    """Whether a folder cannot be replaced: a disk of its own, or in a closed folder; or it is full, as initdb tells."""
-    return data.exists() and (data.is_mount() or not os.access(data.parent, os.W_OK) or any(data.iterdir()))
+    """Whether a folder cannot be replaced: it is a disk of its own; or it is not empty, which initdb then tells."""
+    return data.exists() and (data.is_mount() or any(data.iterdir()))
 
 
 def _new_beside(data: Path) -> Path:
     for begun in data.parent.glob(f"{glob.escape(data.name)}.begun-*"):
         shutil.rmtree(begun, ignore_errors=True)  # of a process that was killed
-    # Its initdb may live on, and does not find this one.
+    # A new name each time: the initdb of a process that was killed may be at work still.
     return Path(tempfile.mkdtemp(prefix=f"{data.name}.begun-", dir=data.parent))
 
 
-def _seen(data: Path, account: Account) -> Path:
-    return data if account.may_enter(data) else OWN_FOLDER
+def _seen(data: Path) -> Path:
+    return OWN_FOLDER if OWN_FOLDER.exists() else data
 
 
 def _command(data: Path, account: Account, socket_folder: Path) -> list[str | Path]:
-    seen = _seen(data, account)
+    seen = _seen(data)
     listens_in = str(seen if socket_folder == data else socket_folder).replace('"', '""')
     settings = {
         "listen_addresses": "",
@@ -244,18 +238,21 @@ def _command(data: Path, account: Account, socket_folder: Path) -> list[str | Pa
     return [programs_for(account) / "postgres", "-D", seen, *options]
 
 
-def _complaint(said: str, *, otherwise: int) -> str:
+def _complaint(said: str, folder: Path, *, otherwise: int) -> str:
     r"""Return the first error among what PostgreSQL's programs said, which the later ones follow from.
 
     Args:
         said: Lines.
+        folder: The data folder that they speak of, under its name in /proc.
         otherwise: Which of them it is if none is called an error.
 
-    >>> _complaint("2026-11-27 09:00:00.000 UTC [7] FATAL:  no room\ninitdb: error: failed", otherwise=-1)
-    'FATAL:  no room'
+    >>> said = "2026-11-27 09:00:00.000 UTC [7] FATAL:  no room in /proc/self/cwd\ninitdb: error: failed"
+    >>> _complaint(said, Path("/data"), otherwise=-1)
+    'FATAL:  no room in /data'
     """
     lines = [WHEN.sub("", line).strip() for line in said.splitlines() if line.strip()]
-    return next((line for line in lines if COMPLAINT.search(line)), lines[otherwise] if lines else "")
+    first = next((line for line in lines if COMPLAINT.search(line)), lines[otherwise] if lines else "")
+    return first.replace(str(OWN_FOLDER), str(folder))
 
 
 def _give(folder: Path, account: Account) -> None:

@@ -40,8 +40,8 @@ def choose_folder(data: Path, account: Account) -> Path:
                 os.chown(folder, account.uid, account.gid)
             return folder
     message = (
-        f"{data}: its path is too long for a socket or has a comma, and neither {bases[0]} nor /tmp is a short one "
-        "where nobody else could put another in its place. Set FREM_SEARCH_HOME to a shorter path."
+        f"{data}: its path is too long for a socket, has a comma or is not UTF-8, and neither {bases[0]} nor /tmp is a "
+        "short one where nobody else could put another in its place. Set FREM_SEARCH_HOME to a shorter path."
     )
     raise StorageError(message)
 
@@ -65,8 +65,9 @@ def is_closed(folder: Path, port: int, account: Account) -> bool:
 
 
 def _fits(folder: Path) -> bool:
-    # libpq takes a comma for the end of a host, and a path with one for two.
-    return len(os.fsencode(socket_in(folder))) <= LONGEST_PATH and "," not in str(folder)
+    # libpq takes a comma for the end of a host, and a path with one for two; psycopg2 passes on nothing but UTF-8.
+    name = os.fsencode(socket_in(folder))
+    return len(name) <= LONGEST_PATH and b"," not in name and name.decode(errors="replace").encode() == name
 
 
 def _is_safe(base: Path, account: Account) -> bool:

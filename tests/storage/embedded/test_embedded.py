@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,10 +29,8 @@ def end(process):
 
 def server_of(home):
     """Return the server's process, or None."""
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "postgres" and str(home / "postgres") in (process.info["cmdline"] or ()):
-            return process
-    return None
+    running = server.find_running(home / "postgres")
+    return running and running.process
 
 
 def wait_for(condition, timeout_s=60):
@@ -180,8 +179,35 @@ def test_a_server_whose_folder_was_removed_does_not_disturb_the_next(home, use):
     left = server_of(home)
     shutil.rmtree(home / "postgres")
     with embedded_postgres():
-        assert not left.is_running()
-        assert server_of(home)
+        server.stop(left)
+        with embedded_postgres():
+            assert server_of(home).pid != left.pid
+
+
+def test_a_home_that_was_moved_under_its_server_does_not_disturb_a_new_one_at_the_old_path(home, monkeypatch, use):
+    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / "a"))
+    first = use()
+    first.stdout.readline()
+    (home / "a").rename(home / "b")
+    with embedded_postgres():
+        end(first)
+        assert server_of(home / "b") is None
+        with embedded_postgres():
+            assert server_of(home / "a")
+    assert server_of(home / "a") is None
+
+
+def test_homes_whose_data_are_one_folder_have_one_lock(home, monkeypatch, use):
+    for name in "xy":
+        (home / name).mkdir()
+        (home / name / "postgres").symlink_to(home / "shared")
+    monkeypatch.setenv("FREM_SEARCH_HOME", str(home / "x"))
+    with embedded_postgres():
+        running = server_of(home / "x")
+        monkeypatch.setenv("FREM_SEARCH_HOME", str(home / "y"))
+        end(use())
+        assert not server.has_ended(running)
+    assert server.has_ended(running)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +243,17 @@ def test_a_failed_start_names_the_log_and_its_first_complaint(home):
         pytest.fail("it did start")
     assert re.search(r"not start: FATAL: .* contains errors\. See .*/postgres/log, or", str(told.value)), told.value
     assert (home / "postgres" / "log").exists()
+
+
+def test_data_that_others_may_enter_are_told_by_their_path(home):
+    with embedded_postgres():
+        pass
+    home.chmod(0o700)
+    (home / "postgres").chmod(0o755)
+    with pytest.raises(StorageError) as told, embedded_postgres():
+        pytest.fail("it did start")
+    assert f'data directory "{home}/postgres" has invalid permissions' in str(told.value)
+    assert str(told.value).endswith(f"Close it to other users: chmod 700 {home}/postgres")
 
 
 def test_a_database_of_another_version_is_told(home):
@@ -296,7 +333,18 @@ def test_an_error_inside_stops_the_server(home):
 
 @pytest.mark.parametrize(
     "name",
-    ["plus+and%41percent", "ünï", "long" * 40, """my jane's "home\"""", "a&b;$(c)`d`|<e>[f]*?!#", "a,b", "{x}\\y:1 "],
+    [
+        "caf\udce9",
+        "line\u2028end",
+        "return\rs",
+        "plus+and%41percent",
+        "ünï",
+        "long" * 40,
+        """my jane's "home\"""",
+        "a&b;$(c)`d`|<e>[f]*?!#",
+        "a,b",
+        "{x}\\y:1 ",
+    ],
 )
 def test_unusual_folders_work(home, monkeypatch, name):
     from frem_search.storage.database import open_storage
@@ -306,7 +354,8 @@ def test_unusual_folders_work(home, monkeypatch, name):
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     with open_storage() as storage, storage.engine.connect() as connection:
         shown = connection.exec_driver_sql("SHOW data_directory").scalar()
-    assert shown == str(home / name / "postgres")
+        own = f"/proc/{server_of(home / name).pid}/cwd"
+        assert Path(own if shown == str(server.OWN_FOLDER) else shown).samefile(home / name / "postgres")
     assert server_of(home / name) is None
 
 

@@ -68,6 +68,24 @@ def test_root_looks_into_a_users_home_and_changes_nobodys_rights(private, user, 
     assert user("study", "list", "--stored", **settings).returncode == 0
 
 
+def test_a_link_to_where_the_user_may_not_write_is_told(private, user):
+    (private / "postgres").symlink_to("/usr/share/frem-search-data")
+    told = user("study", "list", "--stored", FREM_SEARCH_HOME=private)
+    assert told.returncode == 1
+    assert told.stderr == (
+        f"frem-search: /usr/share: cannot be written: Permission denied. Let the link {private}/postgres lead into a "
+        "folder of yours.\n"
+    )
+
+
+def test_a_home_in_a_closed_folder_of_others_is_told(home, user):
+    (home / "closed").mkdir(mode=0o700)
+    told = user("study", "list", "--stored", FREM_SEARCH_HOME=home / "closed" / "home")
+    assert told.returncode == 1
+    assert "cannot be written: Permission denied. Set FREM_SEARCH_HOME to a folder of yours." in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
 def test_a_user_without_a_name_is_told_why_and_what_to_do(home, user):
     """As `docker run --user` gives one; PostgreSQL's initdb wants a name."""
     folder = home / "nameless"

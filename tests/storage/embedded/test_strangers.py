@@ -1,5 +1,6 @@
 """Nobody else gets in: no connection, no reading of data, sockets or locks, wherever the home lies."""
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -7,15 +8,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from strangers import STRANGER, become, copy_psql
+from strangers import STRANGER, become, copy_psql, modes
 
 from frem_search.errors import StorageError
 from frem_search.storage.embedded import sockets
 from frem_search.storage.embedded.account import Account, account_for
-from frem_search.storage.embedded.embedded import embedded_postgres
+from frem_search.storage.embedded.embedded import embedded_postgres, serve
 from frem_search.storage.embedded.server import find_running, has_ended
 
 LONG = "long" * 40
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's database runs as another user")
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_a_folder_where_others_could_put_another_takes_no_socket(home, monkeypat
 
 def test_where_no_folder_is_safe_the_remedy_is_told(home, monkeypatch):
     monkeypatch.setattr(sockets, "_is_safe", lambda *_: False)
-    with pytest.raises(StorageError, match=r"too long for a socket .* Set FREM_SEARCH_HOME to a shorter path"):
+    with pytest.raises(StorageError, match=r"too long for a socket, .* Set FREM_SEARCH_HOME to a shorter path"):
         sockets.choose_folder(home / LONG, Account(os.geteuid(), os.getegid()))
 
 
@@ -171,10 +173,77 @@ def test_an_earlier_versions_server_that_others_can_reach_is_started_anew(home, 
 
 
 def test_an_earlier_versions_server_that_others_can_reach_is_not_joined(home, earlier_server):
-    import fcntl
-
     with (home / "postgres.users").open("a") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_SH)
         with pytest.raises(StorageError, match="other users of this machine can reach"), embedded_postgres():
             pytest.fail("it was joined")
     assert earlier_server.process.is_running()
+
+
+def test_a_server_whose_socket_is_gone_is_told(home):
+    with embedded_postgres() as url:
+        sockets.socket_in(home / "postgres").unlink()
+        with pytest.raises(StorageError, match=f"{url.query['host']}/.s.PGSQL.5432: .* the socket is gone. End the"):
+            use_once()
+    use_once()
+
+
+def use_once():
+    with embedded_postgres() as url:
+        assert sockets.socket_in(Path(url.query["host"])).exists()
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o1777, 0o755])
+def test_root_follows_no_link_of_a_stranger(home, mode):
+    """In a folder where everybody may write, or in the stranger's own."""
+    victim, theirs = home / "victim", home / "theirs"
+    for folder in (victim, theirs):
+        folder.mkdir()
+        folder.chmod(0o755)
+    before = modes(victim)
+    theirs.chmod(mode)
+    (theirs / "postgres").symlink_to(victim)
+    os.lchown(theirs / "postgres", STRANGER, STRANGER)
+    if mode == 0o755:
+        os.chown(theirs, STRANGER, STRANGER)
+    with (
+        pytest.raises(StorageError, match=rf"{theirs}/postgres: expected .* got one of user {STRANGER} in a folder of"),
+        serve(theirs / "postgres"),
+    ):
+        pytest.fail("it was followed")
+    assert modes(victim) == before
+    assert not list(victim.iterdir())
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_root_gives_nothing_away_that_lies_where_a_stranger_may_write(home, kind):
+    """The stranger can have renamed a folder of root, or a link, in a folder of his own."""
+    (home / "theirs").mkdir()
+    victim = home / ("theirs/postgres" if kind == "folder" else "victim")
+    victim.mkdir()
+    if kind == "link":
+        (home / "theirs" / "postgres").symlink_to(victim)
+    os.chown(home / "theirs", STRANGER, STRANGER)
+    with (
+        pytest.raises(StorageError, match=f"in a folder of user {STRANGER} with mode .* that root alone may change"),
+        serve(home / "theirs" / "postgres"),
+    ):
+        pytest.fail("it was given away")
+    assert victim.stat().st_uid == 0
+    assert not list(victim.iterdir())
+
+
+@as_root
+def test_a_lock_that_a_stranger_made_first_is_refused(home):
+    home.chmod(0o1777)
+    lock = home / "postgres.lock"
+    lock.touch()
+    lock.chmod(0o644)
+    os.chown(lock, STRANGER, STRANGER)
+    with lock.open() as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match=f"lock: expected .* got one of user {STRANGER}, .* Remove it, or"):
+            use_once()
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o644
