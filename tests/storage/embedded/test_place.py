@@ -175,7 +175,7 @@ def test_of_two_databases_one_that_does_not_start_is_told_with_the_way_to_the_ot
 
 def test_an_earlier_place_has_its_name_from_the_homes_path(monkeypatch):
     """As earlier versions made it; a path that is no UTF-8 has one too."""
-    for path in (b"/root/x", "/root/café".encode(), b"/root/caf\xe9"):
+    for path in (b"/srv/x", "/srv/café".encode(), b"/srv/caf\xe9"):
         monkeypatch.setenv("FREM_SEARCH_HOME", os.fsdecode(path))
         expected = hashlib.sha256(path + b"/postgres").hexdigest()[:12]
         assert place.earlier_place() == place.EARLIER / f"postgres-{expected}"
