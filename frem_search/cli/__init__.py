@@ -9,6 +9,7 @@ import typer
 from frem_search import __version__
 from frem_search.cli import bench, dashboard, data, db, doctor, export, model, search, studies
 from frem_search.errors import FremSearchError, UsageError
+from frem_search.system.cores import let_waiting_threads_sleep
 from frem_search.system.signals import interrupt_on_signals
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ def _options(
 def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
     interrupt_on_signals()
+    let_waiting_threads_sleep()
     logging.basicConfig()  # warnings alone; else Optuna sets up Alembic's way, which tells each step of an upgrade
     try:
         _require_text()

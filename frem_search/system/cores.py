@@ -5,7 +5,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+SPIN_COUNT = "1000"  # rounds, a few microseconds
 OWN, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def let_waiting_threads_sleep() -> None:
+    """Let PyTorch's threads sleep soon while they wait for each other; for this process and those that it starts.
+
+    GNU OpenMP reads the variable when PyTorch is imported. By itself it lets threads of small kernels wait busily for
+    a third of a millisecond: where another program needs a core, the one that waits takes it away from the one that is
+    waited for.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def n_cores() -> int:

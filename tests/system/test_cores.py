@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from frem_search.system import cores as cgroup
-from frem_search.system.cores import n_cores
+from frem_search.system.cores import let_waiting_threads_sleep, n_cores
 from frem_search.training.side_by_side import layouts as layouts_module
 from frem_search.training.side_by_side.layouts import use_cores
 
@@ -72,3 +72,17 @@ def test_kernels_of_a_limited_container_take_no_more_threads(limited, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "6")  # said by somebody
     use_cores(layouts_module.ALONE)
     assert taken == [2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_waiting_threads_sleep_soon_unless_something_is_set(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    let_waiting_threads_sleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
