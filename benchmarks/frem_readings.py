@@ -51,6 +51,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "R4 with R3": {"concatenation": "batch_norm", "recalibrate": True, "enhanced_before_gate": True},
     "R5": {"upsampling": "nearest", "concatenation": "batch_statistics"},
     "R5, transposed": {"concatenation": "batch_statistics"},
+    "R1, recalibrated": {"upsampling": "nearest", "concatenation": "batch_renorm", "recalibrate": True},
     "bare, R1": {"normalization": "none", "upsampling": "nearest", "concatenation": "batch_renorm"},
 }
 # The paper's shares of 512 maps, of 32: 8 are 1.6 % (one map is 3.1 %), 162 are 31.6 % (ten are 31 %), the ten fixed
