@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from frem_search.data.dataset import load_dataset
+from frem_search.data.dataset import Dataset, load_dataset
 from frem_search.segmentation.inference import score_images
 from frem_search.segmentation.networks import enhancement, in_phase
 from frem_search.storage.artifacts import Artifacts
@@ -72,6 +72,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "dataset": "mouse_synthetic", "readings": list(READINGS), "conditions": ["baseline", "many", "fixed"],
         "seeds": [1, 2, 3], "n_epochs": 25, "folds": [0],
     },
+    "close": {  # other seeds than those of the screen, by which these readings were chosen
+        "readings": ["R1", "R1, recalibrated", "R3"], "conditions": list(CONDITIONS), "seeds": [11, 12, 13, 14, 15],
+        "n_epochs": 150, "folds": [0],
+    },
 }  # fmt: skip
 
 
@@ -88,18 +92,28 @@ def plan(stage: str) -> Iterator[dict[str, Any]]:
                     }  # fmt: skip
 
 
+def params_of(training: dict[str, Any]) -> dict[str, Any]:
+    return (
+        COMMON
+        | READINGS[training["reading"]]
+        | CONDITIONS[training["condition"]]
+        | {"seed": training["seed"], "batch_size": BATCH_SIZES[training["dataset"]]}
+    )
+
+
 def key_of(row: dict[str, Any]) -> str:
     return json.dumps([row[name] for name in ("stage", "dataset", "reading", "condition", "seed", "fold", "n_epochs")])
 
 
 def read_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """Return the trainings of the file whose parameters are those of today's readings and conditions."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return [row for row in rows if row["reading"] in READINGS and row["params"] == params_of(row)]
 
 
 def train(training: dict[str, Any]) -> dict[str, Any]:
     """Train one network and return what the table needs of it."""
-    params = COMMON | READINGS[training["reading"]] | CONDITIONS[training["condition"]] | {"seed": training["seed"]}
-    params |= {"batch_size": BATCH_SIZES[training["dataset"]]}
+    params = params_of(training)
     base = load_study_file(f"{training['dataset'].partition('_')[0]}_frem", quick=True, dataset=training["dataset"])
     study = replace(
         base,
@@ -108,7 +122,8 @@ def train(training: dict[str, Any]) -> dict[str, Any]:
         n_epochs=training["n_epochs"],
     )
     started = time.perf_counter()
-    member = _member(study, params)
+    dataset = load_dataset(study.dataset, image_size=COMMON["image_size"])
+    member = _member(study, dataset, params)
     cohort = Cohort(loss=study.loss, metric=study.score, precision="fp32")
     curves: dict[str, list[float]] = {
         name: [] for name in ("loss", "plain", "enhanced", "bottleneck", "skip", "enhanced_sum", "other_sum")
@@ -144,6 +159,7 @@ def train(training: dict[str, Any]) -> dict[str, Any]:
         result["best"][chosen_by] = at_best
     return (
         training
+        | {"params": params, "fingerprint": dataset.fingerprint}
         | result
         | {
             "curves": {name: values for name, values in curves.items() if values},
@@ -154,8 +170,7 @@ def train(training: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _member(study: StudyFile, params: dict[str, Any]) -> Member:
-    dataset = load_dataset(study.dataset, image_size=COMMON["image_size"])
+def _member(study: StudyFile, dataset: Dataset, params: dict[str, Any]) -> Member:
     objective = Objective(
         study, dataset, device=find_device("cpu"), precision="fp32", artifacts=Artifacts("memory://", "readings"),
         study_uid="readings",
@@ -193,7 +208,7 @@ def _without_bottleneck(member: Member) -> float:
 
 @torch.no_grad()
 def _effect_on_logits(member: Member, cohort: Cohort) -> float | None:
-    """Return how far the last epoch's gain moves training logits from those at X = 1, as a share of their deviation."""
+    """Return how far a next epoch's gain moves training logits from those at X = 1, as a share of their deviation."""
     layer = enhancement(member.network)
     if not layer.B:
         return None
@@ -235,22 +250,25 @@ def run(stage: str, part: str) -> None:
 
 
 # What the paper reports, as a number of one training or of two with the same seed; the margins were written down before
-# the first training. An observation is reproduced where the 95 % interval over seeds lies wholly above `is_so`, refuted
-# where it lies wholly below `is_not`, and undecided otherwise. Gains are mean IoU; the paper's are 0.021 and 0.030
-# (Tables 2 and 3), 0.010 (Table 4), and 0.011 and 0.001 for the test without enhancement instead of with it (Table 1).
+# the first training. An observation is refuted where the 95 % interval over seeds lies wholly below `is_not`, else
+# reproduced where it lies wholly above `is_so`, else undecided: a gain that is surely smaller than a third of the
+# paper's is none. Gains are mean IoU; the paper's are 0.021 and 0.030 (Tables 2 and 3), 0.010 (Table 4), and 0.011 and
+# 0.001 for the test without enhancement instead of with it (Table 1).
 OBSERVATIONS: dict[str, tuple[str, float, float]] = {
     "a: skip over bottleneck, baseline (Fig. 3)": ("magnitude_ratio", 1.25, 1.0),
     "b: fall of the sum of maps, baseline (Fig. 9a)": ("fall_of_sum", 1.1, 1.0),
     "c: growth of enhanced maps, fixed (Fig. 9b)": ("growth_of_enhanced", 1.1, 1.0),
     "c: growth of other maps, fixed (Fig. 9c)": ("growth_of_others", 1.1, 1.0),
-    "d: plain minus enhanced test, few (Table 1)": ("phases:few", -0.01, -0.01),
-    "d: plain minus enhanced test, many (Table 1)": ("phases:many", -0.01, -0.01),
+    "d: plain minus enhanced test, few (Table 1)": ("phases:few", 0.0, -0.01),
+    "d: plain minus enhanced test, many (Table 1)": ("phases:many", 0.0, -0.01),
     "e: gain of few over baseline (Table 3)": ("gain:few:baseline", 0.0, 0.01),
     "e: gain of many over baseline (Table 2)": ("gain:many:baseline", 0.0, 0.007),
     "e: gain of few over SuperVision (Table 3)": ("gain:few:supervision", 0.0, 0.006),
     "f: gain of fixed maps over baseline (Table 4)": ("gain:fixed:baseline", 0.0, 0.003),
 }
-LEAST_USE, LEAST_EFFECT = 0.03, 0.05  # a cell counts only where the bottleneck is used, and where B and X act
+# What a training with FREM shows counts only where its bottleneck is used, and where B and X act. Of the baseline
+# nothing is asked: that its bottleneck is not used is what the paper says of it.
+LEAST_USE, LEAST_EFFECT = 0.03, 0.05
 
 
 def observed(what: str, by_condition: dict[str, dict[str, Any]]) -> float | None:
@@ -288,7 +306,7 @@ def verdict(values: list[float], is_so: float, is_not: float) -> str:
     if len(values) < 2:
         return "undecided"
     low, high = interval(values)
-    return "reproduced" if low > is_so else "refuted" if high < is_not else "undecided"
+    return "refuted" if high < is_not else "reproduced" if low > is_so else "undecided"
 
 
 def table(stage: str) -> None:
@@ -323,10 +341,11 @@ def table(stage: str) -> None:
             values = [value for each in pairs.values() if (value := observed(what, each)) is not None]
             if not values:
                 continue
-            concerned = [name for name in CONDITIONS if name in what] or (
-                ["fixed"] if what.startswith("growth") else ["baseline"]
-            )
-            counts = all(use.get(name, 1) >= LEAST_USE and acts.get(name, 1) >= LEAST_EFFECT for name in concerned)
+            if what.startswith("phases") and READINGS[reading].get("recalibrate"):
+                continue  # its statistics are those of plain features by construction
+            with_frem = [name for name in ("few", "many", "fixed") if name in what]
+            with_frem += ["fixed"] if what.startswith("growth") else []
+            counts = all(use.get(name, 1) >= LEAST_USE and acts.get(name, 1) >= LEAST_EFFECT for name in with_frem)
             between = "" if len(values) < 2 else " [{:.3f}, {:.3f}]".format(*interval(values))
             word = verdict(values, is_so, is_not) if counts else "does not count"
             print(f"  {title:48} {np.mean(values):+.3f}{between}, n = {len(values)}: {word}")

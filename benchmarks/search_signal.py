@@ -3,9 +3,10 @@
     python benchmarks/search_signal.py --study mouse_frem --quick [--dataset NAME] [--points 16] [--seeds 4]
         [--epochs N] [--processes 2]
 
-The first Sobol points of the study's own space are trained with several seeds each. The intraclass correlation (ICC)
-is 0 where the score is noise and 1 where the seed changes nothing. It is told of the better half of the points too, as
-a few broken configurations make it large where nothing is left to search among the others.
+The first Sobol points of the study's own space are trained with the same seeds each. The intraclass correlation (ICC)
+is 0 where the score is noise and 1 where a seed moves all configurations alike, as in a search, whose trials share one.
+It is told of the better half of the points too, as a few broken configurations make it large where nothing is left to
+search among the others: the half is chosen by some of the seeds and measured on the others.
 """
 
 import argparse
@@ -22,22 +23,23 @@ from frem_search.study.samplers import distributions, make_sampler
 
 
 def intraclass_correlation(scores: np.ndarray) -> tuple[float, float, float]:
-    """Return the one-way random ICC of single scores and its 95 % interval.
+    """Return the ICC of single scores with the effect of a seed on all configurations taken out, and its 95 % interval.
 
-    Source: Shrout and Fleiss, "Intraclass correlations", Psychological Bulletin 86 (1979), ICC(1, 1).
+    Source: Shrout and Fleiss, "Intraclass correlations", Psychological Bulletin 86 (1979), ICC(3, 1).
 
     Args:
         scores: [configurations, seeds].
 
-    >>> intraclass_correlation(np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.1]]))[0] > 0.99
+    >>> intraclass_correlation(np.array([[1.0, 11.0], [2.0, 12.0], [3.0, 13.1]]))[0] > 0.99
     True
     """
     n, k = scores.shape
     between = k * scores.mean(axis=1).var(ddof=1)
-    within = scores.var(axis=1, ddof=1).mean()
-    f = between / within
-    low = f / stats.f.ppf(0.975, n - 1, n * (k - 1))
-    high = f * stats.f.ppf(0.975, n * (k - 1), n - 1)
+    left = scores - scores.mean(axis=1, keepdims=True) - scores.mean(axis=0) + scores.mean()
+    freedom = (n - 1) * (k - 1)
+    f = between / ((left**2).sum() / freedom)
+    low = f / stats.f.ppf(0.975, n - 1, freedom)
+    high = f * stats.f.ppf(0.975, freedom, n - 1)
     icc, lower, upper = ((each - 1) / (each + k - 1) for each in (f, low, high))
     return float(icc), float(lower), float(upper)
 
@@ -67,9 +69,14 @@ def main() -> None:
     for i in order:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in points[i].items())
         print(f"{shown:40} mean {scores[i].mean():.4f}, standard deviation {scores[i].std(ddof=1):.4f}")
-    for name, chosen in (("all points", order), ("better half", order[: options.points // 2])):
-        icc, lower, upper = intraclass_correlation(scores[chosen])
-        print(f"{name}: ICC {icc:.2f} [{lower:.2f}, {upper:.2f}], n = {len(chosen)} points x {options.seeds} seeds")
+    halves = np.arange(options.seeds) % 2 == 0
+    measured = [("all points", scores)]
+    for chosen_by, measured_on, name in ((halves, ~halves, "even"), (~halves, halves, "odd")):
+        best = np.argsort(scores[:, chosen_by].mean(axis=1))[::-1][: options.points // 2]
+        measured.append((f"better half by {name} seeds, on the others", scores[best][:, measured_on]))
+    for name, each in measured:
+        icc, lower, upper = intraclass_correlation(each)
+        print(f"{name}: ICC {icc:.2f} [{lower:.2f}, {upper:.2f}], n = {each.shape[0]} points x {each.shape[1]} seeds")
     print(f"{time.perf_counter() - started:.0f} s for {len(rows)} trainings")
     if options.out:
         options.out.write_text(json.dumps({"points": points, "validation": scores.tolist()}, indent=1) + "\n")

@@ -6,7 +6,7 @@ the spread of *paired* differences: both trained with the same seed, so with the
     python benchmarks/seed_spread.py --study mouse_frem --quick --set B=1,X=250.0 --set B=10,X=632.0 [--set ...]
         [--dataset NAME] [--epochs N] [--seeds 5] [--first-seed 1] [--processes 2]
 
-Each `--set` is one configuration: comma-separated values for parameters, over what the study says. Differences are of
+Each `--set` is one configuration: comma-separated values for the searched parameters and others. Differences are of
 each later one against the first.
 """
 
@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,10 +26,11 @@ from scipy import stats
 from frem_search.data.dataset import load_dataset
 from frem_search.storage.artifacts import Artifacts
 from frem_search.study.file import StudyFile, load_study_file
-from frem_search.study.space import Fixed
+from frem_search.study.space import resolve
 from frem_search.system.device import best_precision, describe_device, find_device
 from frem_search.training.objective import Objective
 from frem_search.training.recipe import first_image_size
+from frem_search.training.single import settle
 
 Job = tuple[StudyFile, dict[str, Any], int]
 
@@ -39,9 +39,7 @@ def scores(job: Job) -> tuple[float, float]:
     """Return validation and test score of one training: a study, values for parameters, and a training seed."""
     study_file, values, seed = job
     device = find_device()
-    params = {name: param.value for name, param in study_file.space.items() if isinstance(param, Fixed)}
-    params |= values | {"seed": seed}
-    settled = replace(study_file, space={name: Fixed(value) for name, value in params.items()})
+    settled = settle(study_file, values | {"seed": seed})
     with TemporaryDirectory() as folder:
         objective = Objective(
             settled,
@@ -51,7 +49,7 @@ def scores(job: Job) -> tuple[float, float]:
             artifacts=Artifacts(folder, "spread"),
             study_uid="spread",
         )
-        objective.admit(0, params)
+        objective.admit(0, resolve(settled.space, {}))
         for report in objective.epochs():
             if report.error is not None:
                 raise report.error

@@ -121,8 +121,6 @@ class SlowObjective:
 
     def sweep(self, finished: Collection[int]) -> None: ...
 
-    def store_prediction(self, number: int) -> None: ...
-
     def save_checkpoint(self, number: int) -> None:
         path = self._folder / f"{number}.{os.getpid()}"
         path.write_text(json.dumps(self.members[number].curve))

@@ -369,8 +369,6 @@ class DoNothing:
     def sweep(self, finished):
         self.swept.append(sorted(finished))
 
-    def store_prediction(self, number): ...
-
     def save_checkpoint(self, number):
         member = self.members[number]
         self.checkpoints[number] = (member.epoch, {name: list(column) for name, column in member.curve.items()})

@@ -129,7 +129,9 @@ def train(
         typer.echo(f"{path}: {settled.name}, epoch {fold['best_epoch']} of {settled.n_epochs}, the best on val")
     columns: dict[str, Any] = {part: result[part] for part in ("val", "test") if part in result}
     if "phases" in result:
-        columns |= {f"{part}, enhanced": scores for part, scores in result["phases"]["enhanced"].items()}
+        own = {part: columns[part] for part in columns}
+        other = next(phase for phase, scores in result["phases"].items() if scores != own or phase == "enhanced")
+        columns |= {f"{part}, {other}": scores for part, scores in result["phases"][other].items()}
     typer.echo(scores_table(settled.score, columns), nl=False)
 
 
@@ -140,8 +142,9 @@ def evaluate(
     part: Annotated[str, typer.Option("--part", help="test, val or train.")] = "test",
     fold: FoldOption = None,
     enhanced: Annotated[
-        bool, typer.Option("--enhanced", help="Enhance the maps of the best epoch as in training (FREM, Table 1).")
-    ] = False,
+        bool | None,
+        typer.Option("--enhanced/--plain", help="Test with FREM or without (its Table 1); else as the study does."),
+    ] = None,
     quick: QuickOption = False,
     dataset: DatasetOption = None,
     storage: StorageOption = None,

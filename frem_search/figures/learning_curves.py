@@ -110,7 +110,7 @@ def learning_curves_figure(data: LearningCurvesData) -> "Figure":
     losses = [value for curve in data.curves for value in curve.loss.values]
     losses += [value for curve in data.curves if curve.number == data.best for value in curve.val_loss.values]
     figure.update_yaxes(title_text=data.score, row=1, col=1)
-    figure.update_yaxes(title_text="training loss", type=scale_type(losses), row=2, col=1)
+    figure.update_yaxes(title_text="loss", type=scale_type(losses), row=2, col=1)
     figure.update_xaxes(title_text="epoch", row=2, col=1)
     return figure
 
@@ -138,10 +138,11 @@ def lines(curve: Curve, score: str, *, line: dict[str, Any], opacity: float) -> 
 
 
 def others_of_best(curve: Curve) -> "Iterator[tuple[int, Scatter]]":
-    """Yield the dotted lines that show how far training and validation images are apart, and the row of each."""
+    """Yield the best trial's other lines, dotted, and the row of each."""
     import plotly.graph_objects as go
 
-    for row, one, quantity in ((1, curve.train_iou, "its training IoU"), (2, curve.val_loss, "its validation loss")):
+    drawn = ((1, curve.train_iou, "its training IoU"), (2, curve.val_loss, "its validation loss, final output alone"))
+    for row, one, quantity in drawn:
         if one.epochs:  # an earlier version did not store them
             yield (
                 row,

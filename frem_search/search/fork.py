@@ -1,6 +1,7 @@
 """Begin a study with the finished trials of another one that would have come out the same in it."""
 
 import inspect
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from frem_search.study.samplers import distributions
 from frem_search.study.space import Choice, Fixed, Param, Space, resolve, space_from_json
 from frem_search.study.stored import artifacts_prefix, hold_study, make_contract, write_attrs
 from frem_search.training.recipe import check, load_images
-from frem_search.training.results import PREDICTIONS, WEIGHTS
+from frem_search.training.results import EPOCH_PICTURE, INSPECTED, PREDICTIONS, WEIGHTS
 
 if TYPE_CHECKING:
     from frem_search.storage.database import Storage
@@ -231,9 +232,15 @@ def _template(study_file: StudyFile, trial: FrozenTrial, params: dict[str, Any],
 def _copy_artifacts(origin: Artifacts, target: Artifacts, plan: _Plan, *, n_folds: int | None) -> dict[int, list[str]]:
     """Copy the files of every trial; return their names by the new number."""
     copied: dict[int, list[str]] = {}
+    pictures: dict[str, list[str]] = {}  # after epochs that the study named
+    for path in origin.names():
+        trial_number, _, name = path.partition("/")
+        if re.fullmatch(EPOCH_PICTURE.format(r"\d+"), name):
+            pictures.setdefault(trial_number, []).append(name)
     for number, (trial, _) in enumerate(plan.trials):
         folds = [f"fold{fold}/" for fold in range(n_folds)] if n_folds else [""]
-        for name in (*(f"{fold}{name}" for fold in folds for name in (WEIGHTS, PREDICTIONS)), *SHOWN):
+        of_folds = [f"{fold}{name}" for fold in folds for name in (WEIGHTS, PREDICTIONS)]
+        for name in (*of_folds, *SHOWN, INSPECTED, *pictures.get(str(trial.number), [])):
             content = origin.read(f"{trial.number}/{name}")
             if content is not None:
                 target.write(f"{number}/{name}", content)

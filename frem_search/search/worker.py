@@ -48,9 +48,6 @@ class TrialTrainer(Protocol):
     def save_checkpoint(self, number: int) -> None:
         """Store where a trial is."""
 
-    def store_prediction(self, number: int) -> None:
-        """Store what a trial predicts now, if its study names the epoch that it has done."""
-
     def finish(self, number: int) -> "Outcome":
         """Score a trial and store what it leaves behind."""
 
@@ -290,7 +287,6 @@ class Worker:
             raise report.error
         held.epoch = report.epoch
         yield TrialEvent("epoch", held.number, epoch=report.epoch, report=report)
-        self._objective.store_prediction(held.number)
         if reason := self._reason_to_prune(held, report):
             yield from self._prune(held, reason)
         elif report.is_done:

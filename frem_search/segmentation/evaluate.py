@@ -48,7 +48,7 @@ def evaluate(
     part: str = "test",
     fold: int | None = None,
     device: str = "auto",
-    enhanced: bool = False,
+    enhanced: bool | None = None,
 ) -> Evaluation:
     """Score the images of one part of a dataset, in the precision and at the size of the training.
 
@@ -58,7 +58,7 @@ def evaluate(
         part: `train`, `val` or `test`.
         fold: None is the one that the network was trained on.
         device: As `find_device` takes it.
-        enhanced: Enhance the maps that were enhanced in the best epoch, whatever the network does in test by itself.
+        enhanced: Whether the maps of the best epoch are enhanced; None is as the network tests by itself.
 
     Raises:
         UsageError: There is no such part, or the network enhances nothing.
@@ -69,6 +69,13 @@ def evaluate(
         message = f"--part: expected one of {', '.join(get_args(PartName))}, but got {part!r}."
         raise UsageError(message)
     chosen = find_device(device)
+    network = weights.build(chosen)
+    if enhanced is not None and not has_effect(network):
+        message = (
+            f"--{'enhanced' if enhanced else 'plain'}: expected weights of a training with FREM, but "
+            f"{weights.network} was trained without: it has one test phase. Leave the option out."
+        )
+        raise UsageError(message)
     try:
         loaded = load_dataset(dataset or weights.dataset, image_size=weights.image_size, n_folds=weights.n_folds)
     except DatasetError as error:
@@ -86,11 +93,7 @@ def evaluate(
     images, labels = loaded.images[indices], loaded.labels[indices]
     if weights.is_eightfold:
         images, labels = eight_orientations(images), eight_orientations(labels)
-    network = weights.build(chosen)
-    if enhanced and not has_effect(network):
-        message = f"--enhanced: expected weights of a training with FREM, but {weights.network} was trained without."
-        raise UsageError(message)
-    with in_phase(network, is_enhanced=True) if enhanced else nullcontext():
+    with nullcontext() if enhanced is None else in_phase(network, is_enhanced=enhanced):
         score = score_images(
             network,
             torch.from_numpy(images).to(chosen).contiguous(memory_format=torch.channels_last),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frem_search.segmentation.weights import UNREADABLE
 from frem_search.system.device import is_of_device
-from frem_search.training.member import CURVE_COLUMNS, Member
+from frem_search.training.member import CURVE_COLUMNS, MAGNITUDES, Member
 from frem_search.training.trial import Folds
 
 FORMAT = 2
@@ -63,10 +63,19 @@ def load_checkpoint(folds: Folds, content: bytes, *, identity: Mapping[str, Any]
         member.optimizer.load_state_dict(state["optimizer"])
         for name in STATE:
             setattr(member, name, state[name])
-        # Earlier versions knew fewer columns.
-        member.curve = {column: member.curve.get(column, [None] * member.epoch) for column in CURVE_COLUMNS}
+        member.curve = _as_known_today(member.curve)
     folds.image_scores = stored["image_scores"]
     return True
+
+
+def _as_known_today(curve: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return a curve without what earlier versions did not measure, or measured elsewhere: magnitudes behind a gate."""
+    nothing = [None] * len(curve["epoch"])
+    is_earlier = "train_iou" not in curve
+    return {
+        column: nothing if column not in curve or (is_earlier and column in MAGNITUDES) else curve[column]
+        for column in CURVE_COLUMNS
+    }
 
 
 def _dump(member: Member) -> dict[str, Any]:

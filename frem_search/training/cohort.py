@@ -83,23 +83,22 @@ class Cohort:
 
     def validate(self, member: Member) -> Score:
         """Return a member's score and loss on the validation images, not yet waiting for the device."""
-        data = member.data
         member.prepare_score(precision=self.precision)
+        whole = validation_batch(member)
         return score_images(
             member.network,
-            data.val.images,
-            data.val.labels,
+            whole.image,
+            whole.label,
             metric=self.metric,
-            n_classes=data.n_classes,
+            n_classes=member.data.n_classes,
             precision=self.precision,
             tiles=member.tiles,
-            criterion=self.criterion(member),
+            criterion=self.criterion(member, whole),
         )
 
-    def criterion(self, member: Member) -> Criterion:
+    def criterion(self, member: Member, whole: Batch) -> Criterion:
         """Return what gives the loss of a member's validation images; in test no output is auxiliary."""
-        val, weights = member.data.val, member.loss_weights
-        whole = Batch(val.images, val.labels, val.border, member.data.class_weights)
+        weights = member.loss_weights
 
         def loss_of(output: Output, rows: slice) -> Tensor:
             return self.loss.function(output, whole.map(lambda each: each[rows]), weights)
@@ -122,3 +121,9 @@ class Cohort:
             seconds=0.0,
             error=error,
         )
+
+
+def validation_batch(member: Member) -> Batch:
+    """Return copies of all validation images of a member, with what its loss looks at."""
+    val = member.data.val
+    return Batch(val.images, val.labels, val.border, member.data.class_weights)

@@ -96,27 +96,21 @@ def end_epoch(member: Member, *, trained: Trained, score: Score, started: float)
         member.keep_weights()
     member.resume()
     seconds = time.perf_counter() - started
-    _note(member, trained, score, seconds=seconds)
-    return EpochReport(
-        member.key, member.epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds
-    )
-
-
-def _note(member: Member, trained: Trained, score: Score, *, seconds: float) -> None:
-    """Append the epoch to the member's curve; JSON has no NaN, so that a class without a score is None."""
     row: dict[str, int | float | None] = {
         "epoch": member.epoch,
-        "train_loss": trained.loss.item(),
+        "train_loss": train_loss,
         "train_iou": mean_of_counts(trained.iou_counts).item(),
         "val_loss": None if score.loss is None else score.loss.item(),
-        "score": score.value.item(),
+        "score": value,
         "best_score": member.best_score,
         "seconds": round(seconds, 4),
     }
-    row |= _magnitudes(member, trained.features)
-    for column, value in row.items():
-        member.curve[column].append(_finite(value))
-    member.curve["per_class"].append([_finite(value) for value in score.per_class.tolist()])
+    for column, number in (row | _magnitudes(member, trained.features)).items():
+        member.curve[column].append(_finite(number))
+    member.curve["per_class"].append([_finite(number) for number in per_class])  # JSON has no NaN
+    return EpochReport(
+        member.key, member.epoch, train_loss, value, member.best_score, is_finite, member.is_done, seconds
+    )
 
 
 def _magnitudes(member: Member, features: Features | None) -> dict[str, float | None]:

@@ -15,9 +15,9 @@ from frem_search.training.recalibration import copy_statistics, recalibrate, res
 from frem_search.training.resident import ResidentData
 from frem_search.training.schedule import Schedule, factor_at
 
+MAGNITUDES = ("bottleneck", "skip", "enhanced_sum", "other_sum")
 CURVE_COLUMNS = (
-    "epoch", "train_loss", "train_iou", "val_loss", "score", "best_score", "per_class", "bottleneck", "skip",
-    "enhanced_sum", "other_sum", "seconds",
+    "epoch", "train_loss", "train_iou", "val_loss", "score", "best_score", "per_class", *MAGNITUDES, "seconds",
 )  # fmt: skip
 
 
@@ -131,7 +131,10 @@ class Member:
             precision: `fp32` or `bf16`.
         """
         if self.recalibrate:
-            self._statistics = copy_statistics(self.network)
+            copies = copy_statistics(self.network)
+            # Into the same tensors each time: those that a CUDA graph writes to are those that `resume` reads.
+            for name, value in copies.items():
+                self._statistics.setdefault(name, value).copy_(value)
             images = self.data.train.images
             recalibrate(self.network, images, batch_size=self.batch_size, precision=precision)
 

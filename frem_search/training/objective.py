@@ -156,6 +156,8 @@ class Objective:
                 number, fold = report.key
                 trial = self._trials[number]
                 member = trial.members[self._file.folds.index(fold)]
+                if report.error is None:
+                    self._results.keep_prediction(trial, member)
                 if trial.in_sequence and report.is_done and report.is_finite:
                     report = self._end_fold(trial, member) or report
                 told = trial.report(report, member)
@@ -187,17 +189,8 @@ class Objective:
         """
         with device_errors(self._device):
             content = dump_checkpoint(self.trial(number), identity=self._identity(number, self._params[number]))
+        self._results.store_predictions(self.trial(number))
         self._artifacts.write(f"{number}/{CHECKPOINT}", content)
-
-    def store_prediction(self, number: int) -> None:
-        """Store what a trial predicts now, if its study names the epoch that it has done.
-
-        Raises:
-            DeviceError: The device failed.
-            ArtifactError: It cannot be written.
-        """
-        with device_errors(self._device):
-            self._results.store_prediction(self.trial(number))
 
     def finish(self, number: int) -> Outcome:
         """Score the test images once, with the weights of the best epoch, and store what the trial leaves behind.

@@ -17,7 +17,7 @@ STATISTICS = ("running_mean", "running_var", "running_std", "num_batches_tracked
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, images: Float[Tensor, "n c h w"], *, batch_size: int, precision: str) -> None:
-    """Let running statistics be the mean over the batches of one pass, each layer normalizing by its batch meanwhile.
+    """Let running statistics be the mean over the images of one pass, each layer normalizing by its batch meanwhile.
 
     A training with enhancement leaves statistics of enhanced features behind, by which features that are not enhanced
     are divided in test. Nothing waits for the device.
@@ -39,10 +39,12 @@ def recalibrate(network: nn.Module, images: Float[Tensor, "n c h w"], *, batch_s
         undone.enter_context(precision_context(images.device, precision))
         for layer in layers:
             undone.enter_context(_by_its_batch(layer))
-        for n_before, batch in enumerate(images.split(batch_size)):
+        n_before = 0
+        for batch in _batches(images, batch_size):
             for layer in layers:
-                _weigh(layer, 1 / (n_before + 1))
+                _weigh(layer, len(batch) / (n_before + len(batch)))
             network(batch)
+            n_before += len(batch)
     for module, mode in modes.items():
         module.training = mode
 
@@ -59,11 +61,22 @@ def restore_statistics(network: nn.Module, copies: dict[str, Tensor]) -> None:
             value.copy_(copies[name])
 
 
+def _batches(images: Tensor, batch_size: int) -> list[Tensor]:
+    """Return batches, the last one joined to the one before it if it were a single image, of which no layer learns."""
+    batches = list(images.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 @contextmanager
 def _by_its_batch(layer: Normalization) -> Iterator[None]:
-    """Let a layer normalize by its batch alone for as long as the block lasts."""
+    """Let a layer forget its statistics, and normalize by its batch alone for as long as the block lasts."""
     layer.training = True
+    # Forgotten, as what is large, or no number, would else be left over in the last digits.
     if isinstance(layer, BatchRenorm):
+        layer.running_mean.zero_()
+        layer.running_std.fill_(1.0)
         limits, memory = layer.limits.clone(), layer.momentum.clone()
         layer.limits[0].fill_(1.0)  # no correction of the scale
         layer.limits[1].fill_(0.0)  # nor of the shift
@@ -71,6 +84,7 @@ def _by_its_batch(layer: Normalization) -> Iterator[None]:
         layer.limits.copy_(limits)
         layer.momentum.copy_(memory)
     else:
+        layer.reset_running_stats()
         momentum = layer.momentum
         yield
         layer.momentum = momentum

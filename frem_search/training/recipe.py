@@ -15,6 +15,8 @@ from frem_search.study.file import StudyFile
 from frem_search.study.parameters import TRAINING_PARAMS, SplitParams, TrainingParams
 from frem_search.study.space import corners
 
+LARGEST_FACTOR = 1e6  # sums of squares have 7 digits in single precision, so that maps beside it would count as 0
+
 
 def split_params(study_file: StudyFile, params: Mapping[str, Any]) -> SplitParams:
     """Give training, network and loss their parameters.
@@ -78,6 +80,7 @@ def check(study_file: StudyFile) -> None:
     try:
         for of_network in _networks(study_file):
             _build(study_file, of_network)
+            _check_factor(of_network)
         _check_coefficients(study_file)
     except StudyFileError:
         raise
@@ -106,6 +109,14 @@ def _build(study_file: StudyFile, of_network: Mapping[str, Any]) -> None:
     except (RuntimeError, OverflowError) as error:
         message = f"{study_file.path}: params: expected sizes that a tensor can have, but got {of_network}: {error}."
         raise StudyFileError(message) from None
+
+
+def _check_factor(of_network: Mapping[str, Any]) -> None:
+    """Refuse what no search can use; weights that were trained with it still load."""
+    factor = of_network.get("X", 1.0)
+    if factor > LARGEST_FACTOR:
+        expected = "a finite factor above 0, at most 1e6, as sums of squares of larger features lose all precision"
+        raise ParameterError(name="X", expected=expected, got=factor)
 
 
 def _check_coefficients(study_file: StudyFile) -> None:

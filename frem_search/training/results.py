@@ -10,7 +10,7 @@ import torch
 
 from frem_search.data.augmentation.orientations import N_ORIENTATIONS
 from frem_search.data.dataset import Dataset
-from frem_search.segmentation.inference import predict
+from frem_search.segmentation.inference import precision_context, predict
 from frem_search.segmentation.metrics import METRICS, Score, lacking
 from frem_search.segmentation.networks import has_effect, in_phase, is_enhanced_in_test
 from frem_search.segmentation.pictures import MOST_IMAGES, curve_csv, predictions_png
@@ -90,6 +90,7 @@ class Results:
             The scores in full, with several folds means over them and each fold's own; and attributes that announce
             files to Optuna's dashboard.
         """
+        self.store_predictions(trial)
         results: list[dict[str, Any]] = []
         shown: dict[str, str] = {}
         for member in trial.members:
@@ -100,19 +101,24 @@ class Results:
             shown = shown or self._write_shown(trial, member, pred)
         return results[0] if self.study_file.n_folds is None else _mean_result(results), shown
 
-    def store_prediction(self, trial: Folds) -> None:
-        """Store what a trial predicts now, if its study names the epoch that it has done.
+    def keep_prediction(self, trial: Folds, member: Member) -> None:
+        """Keep a picture of what a member predicts now, if its study names the epoch that it has done.
 
         Args:
-            trial: In training; of several folds the first is shown.
+            trial: Whose picture it is, until `store_predictions` writes it.
+            member: Of several folds the first is shown.
         """
-        member = trial.members[0]
-        if member.epoch in self.study_file.predictions_after:
+        if member is trial.members[0] and member.epoch in self.study_file.predictions_after:
             member.prepare_score(precision=self.precision)
             part = self._shown_part(member)
-            picture = self._picture(part, self._predict(member, part.images[:MOST_IMAGES]))
+            trial.pictures[member.epoch] = self._picture(part, self._predict(member, part.images[:MOST_IMAGES]))
             member.resume()
-            self.artifacts.write(f"{trial.number}/{EPOCH_PICTURE.format(member.epoch)}", picture)
+
+    def store_predictions(self, trial: Folds) -> None:
+        """Store the pictures that were kept since the last time."""
+        for epoch, picture in trial.pictures.items():
+            self.artifacts.write(f"{trial.number}/{EPOCH_PICTURE.format(epoch)}", picture)
+        trial.pictures.clear()
 
     def remove_weights(self, number: int) -> None:
         """Remove the weights of a trial that is not among the best; nothing happens if there are none."""
@@ -213,13 +219,16 @@ class Results:
     def _write_shown(self, trial: Folds, member: Member, pred: torch.Tensor | None) -> dict[str, str]:
         """Store curve and pictures: of test images, or without any of validation images; return how to find them."""
         part = self._shown_part(member)
+        images = part.images[:MOST_IMAGES]
         if pred is None:
-            pred = self._predict(member, part.images[:MOST_IMAGES])
+            pred = self._predict(member, images)
         self.artifacts.write(f"{trial.number}/{CURVE}", curve_csv(trial.curve, self.dataset.class_names))
         self.artifacts.write(f"{trial.number}/{PICTURE}", self._picture(part, pred))
-        if inspect := getattr(member.network, "inspect", None):
+        inspect = getattr(member.network, "inspect", None)
+        if inspect is not None and member.tiles == 1:  # tiles are there as whole images may need too much memory
             member.network.eval()
-            seen = inspect(part.images[:MOST_IMAGES])
+            with precision_context(images.device, self.precision):
+                seen = inspect(images)
             self.artifacts.write(f"{trial.number}/{INSPECTED}", _packed(part.cases[:MOST_IMAGES], **seen))
         return artifact_attrs(self.study_uid, trial.number)
 
@@ -234,7 +243,10 @@ class Results:
 
 def _packed(cases: tuple[str, ...], **tensors: torch.Tensor) -> bytes:
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        for name, tensor in tensors.items()
+    }
     np.savez_compressed(buffer, cases=np.array(cases), **arrays)
     return buffer.getvalue()
 

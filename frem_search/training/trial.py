@@ -29,6 +29,7 @@ class Folds:
         self.number, self.members, self.in_sequence = number, tuple(members), in_sequence
         # In sequence: scores of the validation images of each fold that is done, for a comparison image by image.
         self.image_scores: list[float] = []
+        self.pictures: dict[int, bytes] = {}  # predictions after epochs, until they are stored
         self.set_aside = ""  # where a checkpoint lies that could not be used, so that the trial began again
 
     @property

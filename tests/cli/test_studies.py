@@ -75,7 +75,8 @@ def test_show_merges_quick(run_cli):
     assert ["dataset", quick.dataset] in lines
     for name, param in quick.space.items():
         (values,) = [line[1].split() for line in lines if line[0] == name]
-        assert str(param.bounds()[-1]) in values
+        last = param.bounds()[-1]
+        assert (f'"{last}"' if isinstance(last, str) else str(last)) in values
 
 
 def test_show_tells_what_a_stored_study_was_begun_with(run_cli, begin, tiny_study, storage_url):

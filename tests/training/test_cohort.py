@@ -43,7 +43,15 @@ from frem_search.training.trial import Folds
 
 CPU = torch.device("cpu")
 IDENTITY = {"study": "s", "number": 0}
-SETTINGS = ("augmentation", "weight_decay", "schedule", "patience", "steps_per_epoch", "tiles")  # of a member
+SETTINGS = (
+    "augmentation",
+    "weight_decay",
+    "schedule",
+    "patience",
+    "steps_per_epoch",
+    "tiles",
+    "recalibrate",
+)  # of a member
 PRECISIONS = ["fp32", "bf16"]  # PyTorch computes bf16 on every CPU, only slower than fp32 on some
 
 
@@ -532,13 +540,34 @@ def test_a_checkpoint_of_an_earlier_version_leaves_what_its_curve_did_not_know_e
     (fold,) = held["folds"]
     for column in ("train_iou", "val_loss"):
         del fold["curve"][column]
+    fold["curve"]["skip"] = [0.3] * len(fold["curve"]["epoch"])  # measured elsewhere then
     member, content = make_member(), packed(held)
     assert load_checkpoint(Folds(0, [member]), content + hashlib.sha256(content).digest(), identity=IDENTITY)
     assert tuple(member.curve) == CURVE_COLUMNS
-    assert member.curve["val_loss"] == [None] * member.epoch
+    assert member.curve["val_loss"] == member.curve["skip"] == [None] * member.epoch
     train(member)
     assert {len(values) for values in member.curve.values()} == {member.n_epochs}
     assert member.curve["val_loss"][-1] is not None
+
+
+def test_batch_renormalization_of_a_member_follows_the_length_of_its_training():
+    member = make_member(n_epochs=10, concatenation="batch_renorm")
+    assert member.n_steps == 2
+    for joint in member.network.joints:
+        # Of 20 steps, the limits open within the first, and the statistics remember 10.
+        assert joint.limits.tolist() == [3.0, 5.0, 0.0, 1.0, 1.0]
+        assert joint.momentum.item() == pytest.approx(0.1)
+
+
+def test_a_recalibrated_member_keeps_its_statistics_in_the_same_tensors():
+    """A CUDA graph of the validation writes into them, and `resume` reads them."""
+    member = make_member(recalibrate=True)
+    kept = []
+    for _ in range(2):
+        member.prepare_score(precision="fp32")
+        kept.append({name: value.data_ptr() for name, value in member._statistics.items()})
+        member.resume()
+    assert kept[0] == kept[1] != {}
 
 
 def test_the_enhanced_maps_change_with_the_epoch_unless_they_are_fixed():
@@ -894,7 +923,7 @@ def test_python_asks_for_as_many_values_in_a_long_epoch_as_in_a_short_one():
             train(member)
         counted.append(counter.n)
     assert counted[0] == counted[1]
-    assert 0 < counted[0] <= 4  # validation's score, mean loss, skip magnitude
+    assert 0 < counted[0] <= 5  # score and loss of validation, mean loss and IoU of training, skip magnitude
 
 
 @pytest.mark.gpu

@@ -876,28 +876,64 @@ def test_a_batch_that_the_network_cannot_normalise_is_a_usage_error(make_objecti
 
 def test_predictions_are_kept_after_the_epochs_that_a_study_names(make_objective, study_file, tmp_path):
     trained = make_objective(replace(study_file, n_epochs=6, predictions_after=(1, 6)))
-    trained.admit(0, PARAMS | {"learning_rate": 3e-2})
-    for _ in trained.epochs():
-        trained.store_prediction(0)
+    train(trained, params=PARAMS | {"learning_rate": 3e-2})
     folder = tmp_path / "artifacts/study/0"
+    assert not folder.exists(), "nothing is written before a checkpoint or the end"
+    trained.finish(0)
     first, last = (folder / f"predictions_after_{epoch}.png" for epoch in (1, 6))
-    assert sorted(path.name for path in folder.iterdir()) == [first.name, last.name]
+    assert sorted(path.name for path in folder.glob("predictions_after*")) == [first.name, last.name]
     assert first.read_bytes().startswith(b"\x89PNG")
     assert first.read_bytes() != last.read_bytes(), "the test needs a network that changes its mind"
 
 
+def test_predictions_are_stored_with_the_checkpoint_that_is_behind_them(make_objective, study_file, tmp_path):
+    file = replace(study_file, n_epochs=4, predictions_after=(1, 4))
+    trained, whole = make_objective(file), make_objective(file, uid="whole", artifacts=tmp_path / "whole")
+    train(trained, until=2)
+    trained.save_checkpoint(0)
+    first = tmp_path / "artifacts/study/0/predictions_after_1.png"
+    assert first.exists()
+    first.unlink()
+    again = make_objective(file)
+    train(again)
+    again.finish(0)
+    assert not first.exists(), "its epoch was trained before the checkpoint"
+    train(whole)
+    whole.finish(0)
+    last = "study/0/predictions_after_4.png"
+    assert (tmp_path / "artifacts" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_of_folds_in_sequence_the_first_ones_own_epochs_are_shown(study_file, tmp_path):
+    shown = {}
+    for n_folds, pruner in ((2, "wilcoxon"), (2, "none")):
+        file = replace(study_file, n_epochs=4, n_folds=n_folds, predictions_after=(4,), pruner=pruner)
+        dataset = load_dataset(file.dataset, image_size=32, n_folds=n_folds)
+        store = Artifacts(str(tmp_path / pruner), "study")
+        trained = Objective(file, dataset, device=CPU, precision="fp32", artifacts=store, study_uid="u")
+        train(trained, params=PARAMS | {"learning_rate": 3e-2})
+        shown[pruner] = dict(trained.trial(0).pictures)
+        first = trained.trial(0).members[0]
+        assert first.best_epoch < 4, "the test needs a fold whose best epoch is not its last one"
+    assert list(shown["none"]) == [4]
+    assert shown["wilcoxon"] == shown["none"], "the fourth epoch, and not the best one"
+
+
 def test_of_a_recalibrated_network_the_prediction_is_that_which_is_scored(make_objective, study_file, tmp_path):
-    file = replace(study_file, n_epochs=1, predictions_after=(1,))
-    trained = make_objective(file)
+    trained = make_objective(replace(study_file, n_epochs=1, predictions_after=(1,)))
     train(trained, params=PARAMS | {"X": 300.0, "recalibrate": True})
-    before = {name: value.clone() for name, value in trained.trial(0).members[0].network.state_dict().items()}
-    trained.store_prediction(0)
-    assert all(
-        torch.equal(value, before[name]) for name, value in trained.trial(0).members[0].network.state_dict().items()
-    )
     trained.finish(0)
     folder = tmp_path / "artifacts/study/0"
     assert (folder / "predictions_after_1.png").read_bytes() == (folder / "predictions.png").read_bytes()
+
+
+def test_a_look_at_a_prediction_changes_nothing_of_a_recalibrated_training(make_objective, study_file):
+    curves = []
+    for predictions_after in ((), (1, 2)):
+        trained = make_objective(replace(study_file, n_epochs=4, predictions_after=predictions_after))
+        train(trained, params=PARAMS | {"X": 300.0, "recalibrate": True})
+        curves.append({name: column for name, column in trained.trial(0).curve.items() if name != "seconds"})
+    assert curves[0] == curves[1]
 
 
 def test_the_feedback_unet_shows_what_its_first_layer_makes_of_the_second_round(make_objective, study_file, tmp_path):

@@ -80,3 +80,25 @@ def test_the_module_is_off_meanwhile_even_if_it_is_on_in_test():
         recalibrate(each, images(), batch_size=8, precision="fp32")
     assert all(torch.equal(one, two) for one, two in zip(network.buffers(), other.buffers(), strict=True))
     assert enhancement(network).enhanced_in_test
+
+
+@pytest.mark.parametrize("spoiled", [2e5, float("inf"), float("nan")])
+@pytest.mark.parametrize("params", READINGS, ids=str)
+def test_nothing_is_left_of_statistics_that_are_large_or_no_numbers(params, spoiled):
+    network, expected = make_network(**params), make_network(**params)
+    for name, value in network.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var", "running_std"):
+            value.fill_(spoiled)
+    for each in (network, expected):
+        recalibrate(each, images(), batch_size=4, precision="fp32")
+    assert all(torch.equal(one, two) for one, two in zip(network.buffers(), expected.buffers(), strict=True))
+
+
+def test_each_image_weighs_the_same_and_none_is_a_batch_of_its_own():
+    network = make_network()
+    first = network.encoder[0][0]
+    recalibrate(network, images(13), batch_size=4, precision="fp32")
+    with torch.no_grad():
+        batches = [first.conv1(batch) for batch in (images(13)[:4], images(13)[4:8], images(13)[8:])]
+    means = torch.stack([batch.mean(dim=(0, 2, 3)) * len(batch) / 13 for batch in batches]).sum(dim=0)
+    torch.testing.assert_close(first.norm1.running_mean, means, rtol=1e-4, atol=1e-6)

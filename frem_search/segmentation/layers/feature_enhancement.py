@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from frem_search import seeds
 from frem_search.errors import ParameterError
 
-LARGEST_FACTOR = 1e6  # sums of squares have 7 digits in single precision, so that maps beside it would count as 0
-
 
 class FeatureEnhancement(nn.Module):
     """Multiply B feature maps by X in training and none in test.
@@ -40,9 +38,9 @@ class FeatureEnhancement(nn.Module):
         super().__init__()
         if not 0 <= B <= channels:
             raise ParameterError(name="B", expected=f"0 to {channels}, the bottleneck's maps", got=B)
-        if not 0 < X <= LARGEST_FACTOR:  # a NaN fails the comparison too
-            expected = "a finite factor above 0, at most 1e6, as sums of squares of larger features lose all precision"
-            raise ParameterError(name="X", expected=expected, got=X)
+        # The gain is kept in single precision, where a larger X would be infinite; a NaN fails the comparison too.
+        if not 0 < X <= torch.finfo(torch.float32).max:
+            raise ParameterError(name="X", expected="a finite factor above 0", got=X)
         self.channels = channels
         self.B = B
         self.X = X

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,14 @@ from frem_search.segmentation.batch import Batch
 from frem_search.segmentation.inference import predict_with_loss
 from frem_search.segmentation.metrics import METRICS, Score
 from frem_search.segmentation.output import Features
+from frem_search.training.cohort import Cohort, validation_batch
 from frem_search.training.epoch import Trained, end_epoch, step
 from frem_search.training.member import EpochReport, Member
-
-if TYPE_CHECKING:
-    from frem_search.training.cohort import Cohort
 
 WARM_UPS = 2  # steps before a capture: libraries choose kernels and allocate workspaces in the first ones
 
 
-def train_epoch_graphed(cohort: "Cohort", graphs: Sequence["Graphed"]) -> list[EpochReport]:
+def train_epoch_graphed(cohort: Cohort, graphs: Sequence["Graphed"]) -> list[EpochReport]:
     """Train members for one epoch, their steps in turn on streams of their own, and validate them."""
     started = time.perf_counter()
     for graph in graphs:
@@ -33,7 +31,7 @@ def train_epoch_graphed(cohort: "Cohort", graphs: Sequence["Graphed"]) -> list[E
     return [_report(cohort, graph, trained, started=started) for graph, trained in zip(graphs, results, strict=True)]
 
 
-def _report(cohort: "Cohort", graph: "Graphed", trained: Trained, *, started: float) -> EpochReport:
+def _report(cohort: Cohort, graph: "Graphed", trained: Trained, *, started: float) -> EpochReport:
     """Wait for a member's stream alone and end its epoch; what its metric raises on the CPU ends that member."""
     try:
         return end_epoch(graph.member, trained=trained, score=graph.score(), started=started)
@@ -51,12 +49,12 @@ class Graphed:
         member: On a CUDA device, its optimizer capturable.
     """
 
-    def __init__(self, cohort: "Cohort", member: Member) -> None:
+    def __init__(self, cohort: Cohort, member: Member) -> None:
         self.member, self._cohort = member, cohort
         device = member.data.device
         self._epoch = cohort.begin_epoch(member)  # what the graph reads; the next epochs are copied into it
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._criterion = cohort.criterion(member)
+        _ = member.loss_weights  # made now: a capture cannot bring numbers to the device
         self._sums: list[Tensor] = []  # of loss, counts and magnitudes over the steps of the epoch
         self._metric = METRICS[cohort.metric]
         self._score: Score
@@ -122,13 +120,14 @@ class Graphed:
             return
         member = self.member
         member.prepare_score(precision=self._cohort.precision)
+        whole = validation_batch(member)
         self._pred, self._loss = predict_with_loss(
             member.network,
-            member.data.val.images,
+            whole.image,
             precision=self._cohort.precision,
             takes=self._metric.takes,
             tiles=member.tiles,
-            criterion=self._criterion,
+            criterion=self._cohort.criterion(member, whole),
         )
 
 
