@@ -69,13 +69,6 @@ def evaluate(
         message = f"--part: expected one of {', '.join(get_args(PartName))}, but got {part!r}."
         raise UsageError(message)
     chosen = find_device(device)
-    network = weights.build(chosen)
-    if enhanced is not None and not has_effect(network):
-        message = (
-            f"--{'enhanced' if enhanced else 'plain'}: expected weights of a training with FREM, but "
-            f"{weights.network} was trained without: it has one test phase. Leave the option out."
-        )
-        raise UsageError(message)
     try:
         loaded = load_dataset(dataset or weights.dataset, image_size=weights.image_size, n_folds=weights.n_folds)
     except DatasetError as error:
@@ -85,6 +78,13 @@ def evaluate(
         raise DatasetError(message) from None
     check_fit(weights, loaded)
     check_content(weights, loaded)
+    network = weights.build(chosen)
+    if enhanced is not None and not has_effect(network):
+        message = (
+            f"--{'enhanced' if enhanced else 'plain'}: expected weights of a training with FREM, but "
+            f"{weights.network} was trained without: it has one test phase. Leave the option out."
+        )
+        raise UsageError(message)
     fold = weights.fold if fold is None else fold
     indices = loaded.indices(cast(PartName, part), fold=fold)
     if not len(indices):

@@ -70,10 +70,11 @@ def load_checkpoint(folds: Folds, content: bytes, *, identity: Mapping[str, Any]
 
 def _as_known_today(curve: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """Return a curve without what earlier versions did not measure, or measured elsewhere: magnitudes behind a gate."""
-    nothing = [None] * len(curve["epoch"])
     is_earlier = "train_iou" not in curve
     return {
-        column: nothing if column not in curve or (is_earlier and column in MAGNITUDES) else curve[column]
+        column: [None] * len(curve["epoch"])
+        if column not in curve or (is_earlier and column in MAGNITUDES)
+        else curve[column]
         for column in CURVE_COLUMNS
     }
 
