@@ -208,7 +208,7 @@ def check(
 
     \b
     $ frem-search study check mouse_frem
-    mouse_frem: 50 trials of 2000 epochs; quick: 30 trials of 25 epochs
+    mouse_frem: 50 trials of 2000 epochs; quick: 30 trials of 12 epochs
     """
     from frem_search.study.file import list_study_files
 
