@@ -16,12 +16,14 @@ from frem_search.cli import app
 from frem_search.data import DATASETS
 from frem_search.figures import FIGURES
 from frem_search.segmentation.losses import LOSSES
+from frem_search.segmentation.metrics import METRICS
 from frem_search.segmentation.networks import NETWORKS, network_params
 from frem_search.study import file as study_file
 from frem_search.study.parameters import TRAINING_PARAMS
 
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+FRONT = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*FRONT, *sorted(DOCS.glob("*.md"))]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 # Brackets keep these patterns from finding themselves.
 MACHINE_PATH = re.compile(r"/(wor[k]|hom[e]|roo[t]|User[s]|mn[t])/|\b[A-Z]:\\\w")
@@ -55,9 +57,10 @@ GENERATED = ["cli.md", "networks.md"]
 
 
 def text_files():
-    for name in ("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt", ".gitignore"):
-        yield REPOSITORY / name
-    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", "recipes", "tools", ".ci"):
+    yield from FRONT
+    others = "LICENSE Makefile pyproject.toml constraints.txt .gitignore CITATION.cff .pre-commit-config.yaml"
+    yield from (REPOSITORY / name for name in others.split())
+    for folder in ("docs", "frem_search", "studies", "tests", "benchmarks", "recipes", "tools", ".ci", ".github"):
         for path in (REPOSITORY / folder).rglob("*"):
             if path.is_file() and path.suffix not in (".png", ".pyc") and MADE_BEFORE not in path.parents:
                 yield path
@@ -135,9 +138,13 @@ def test_everything_that_a_study_can_name_is_described():
     shipped = {path.stem for path in (REPOSITORY / "studies").glob("*.toml")}
     params = {name for network in NETWORKS for name in network_params(network)} | set(TRAINING_PARAMS)
     params |= {name for loss in LOSSES.values() for name in loss.coefficients}
-    for page, names in (("studies.md", shipped | params), ("data.md", DATASETS), ("figures.md", FIGURES)):
-        text = (DOCS / page).read_text()
-        assert [name for name in names if f"| `{name}` |" not in text] == []
+    named = {*shipped, *params, *LOSSES, *METRICS}
+    for page, names in (
+        ("studies.md", named), ("networks.md", NETWORKS), ("data.md", DATASETS), ("figures.md", FIGURES),
+    ):  # fmt: skip
+        first_cells = re.findall(r"^\| (`[^|]*) \|", (DOCS / page).read_text(), flags=re.MULTILINE)
+        described = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+        assert sorted(set(names) - described) == [], page
 
 
 def test_design_names_every_room():

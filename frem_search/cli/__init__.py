@@ -19,7 +19,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 search.add_to(app)
@@ -33,8 +32,8 @@ dashboard.add_to(app)
 bench.add_to(app)
 
 
-def _print_version(value: bool) -> None:
-    if value:
+def _print_version(context: typer.Context, value: bool) -> None:
+    if value and not context.resilient_parsing:  # a shell that completes what follows takes all that is printed
         typer.echo(f"frem-search {__version__}")
         raise typer.Exit
 

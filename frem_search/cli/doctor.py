@@ -15,6 +15,7 @@ from frem_search.cli.options import (
     artifacts_of,
     storage_of,
     stored_name,
+    study_names,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ OptionalStudy = Annotated[
         "--study",
         "-s",
         envvar="FREM_SEARCH_STUDY",
+        autocompletion=study_names,
         help="Look also at this study: its file, its images, what it was begun with.",
         show_default=False,
     ),

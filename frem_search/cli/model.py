@@ -19,6 +19,7 @@ from frem_search.cli.options import (
     StudyOption,
     artifacts_of,
     record_of,
+    study_names,
 )
 from frem_search.errors import StudyFileError, UsageError
 
@@ -35,6 +36,7 @@ AnyStudyOption = Annotated[
         "--study",
         "-s",
         envvar="FREM_SEARCH_STUDY",
+        autocompletion=study_names,
         help="A stored study, of which --trial is used.",
         show_default=False,
     ),

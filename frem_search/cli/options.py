@@ -1,5 +1,6 @@
 """Options that several commands share, each with its environment variable."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,24 @@ if TYPE_CHECKING:
     from frem_search.storage.database import Storage
     from frem_search.study.record import StudyRecord
 
+
+def study_names() -> list[str]:
+    """Return the names of study files, for a shell that completes a word.
+
+    Names with other signs are left out: bash puts a name into the line as it is, and then runs what `$(...)` says.
+    """
+    from frem_search.study.file import list_study_files
+
+    return [path.stem for path in list_study_files() if re.fullmatch(r"\w[\w.+@-]*", path.stem)]
+
+
 StudyOption = Annotated[
     str,
     typer.Option(
         "--study",
         "-s",
         envvar="FREM_SEARCH_STUDY",
+        autocompletion=study_names,
         help="Name of a study, or path of its .toml file.",
         show_default=False,
     ),

@@ -18,6 +18,7 @@ from frem_search.cli.options import (
     artifacts_of,
     is_stored_alone,
     storage_of,
+    study_names,
 )
 from frem_search.cli.rows import aligned
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from frem_search.study.file import StudyFile
     from frem_search.study.space import Param
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="Name of a study, or path of its .toml file.")]
+StudyArgument = Annotated[
+    str,
+    typer.Argument(metavar="STUDY", help="Name of a study, or path of its .toml file.", autocompletion=study_names),
+]
 StoredOption = Annotated[bool, typer.Option("--stored", help="Look into the database as well.")]
 WRONG = 2
 
@@ -198,7 +202,10 @@ def _describe(param: "Param") -> tuple[str, str]:
 
 def check(
     studies: Annotated[
-        list[str] | None, typer.Argument(metavar="[STUDY]...", help="Names or paths; every known study without.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[STUDY]...", help="Names or paths; every known study without.", autocompletion=study_names
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
