@@ -106,9 +106,9 @@ def test_b_outside_the_maps_is_an_error_that_says_how_many_there_are(B):
         FeatureEnhancement(16, B=B)
 
 
-@pytest.mark.parametrize("X", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1.1e6])
-def test_x_that_is_no_factor_up_to_a_million_is_an_error(X):
-    with pytest.raises(ParameterError, match="X: expected a finite factor above 0, at most 1e6, as"):
+@pytest.mark.parametrize("X", [0.0, -1.0, float("nan"), float("inf"), 1e39])
+def test_x_that_is_not_a_finite_factor_is_an_error(X):
+    with pytest.raises(ParameterError, match="X: expected a finite factor above 0"):
         FeatureEnhancement(16, B=1, X=X)
 
 
