@@ -4,8 +4,8 @@
 
 FROM python:3.12-slim-trixie AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
-RUN python -m venv /opt/frem-search
-ENV PATH=/opt/frem-search/bin:$PATH
+RUN python -m venv /usr/local/lib/frem-search
+ENV PATH=/usr/local/lib/frem-search/bin:$PATH
 WORKDIR /build
 # Dependencies before the program, so that a change of the program does not download them again: for this one step
 # the package is empty.
@@ -21,13 +21,13 @@ COPY studies studies
 RUN pip install -c constraints.txt --build-constraint constraints.txt --no-deps . && pip uninstall --yes pip
 
 FROM python:3.12-slim-trixie
-COPY --from=build /opt/frem-search /opt/frem-search
+COPY --from=build /usr/local/lib/frem-search /usr/local/lib/frem-search
 # A volume is mounted on /data, and a new one takes over what lies there and whose it is.
 RUN groupadd --gid 10001 frem \
     && useradd --uid 10001 --gid frem --no-create-home --home-dir /data --shell /usr/sbin/nologin frem \
     && mkdir -p /data/artifacts /data/datasets \
     && chown -R frem:frem /data
-ENV PATH=/opt/frem-search/bin:$PATH \
+ENV PATH=/usr/local/lib/frem-search/bin:$PATH \
     FREM_SEARCH_HOME=/data \
     HOME=/data \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -74,7 +74,7 @@ def learning_curves_data(record: StudyRecord) -> LearningCurvesData:
 
 
 def take_curve(trial: TrialRecord) -> Curve:
-    """Return a trial's two series."""
+    """Return a trial's four series."""
     return Curve(
         trial.number,
         trial.state,
